@@ -1,0 +1,1 @@
+"""The PEFT method. Read in this order: ops, router, ids, layer, tuner."""

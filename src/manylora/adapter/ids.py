@@ -1,0 +1,183 @@
+"""Which task or cluster each example belongs to, told to every layer of a model at once.
+
+    with manylora.branch_ids(model, ids):      # ids: (batch,), (batch, tokens) or one int
+        loss = model(**batch).loss
+        loss.backward()
+
+A forward keyword would be swallowed by PEFT and refused by `generate`, hence a context. It sets the
+ids on a `BranchState` that all manylora layers of a model share. Under gradient checkpointing the
+backward pass runs each block again, perhaps under other ids; the context therefore gives each
+checkpointed block a `context_fn` that puts back the ids of its own forward pass. Reentrant
+checkpointing has no such hook and is refused.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
+
+
+@dataclass
+class BranchState:
+    """What the layers of one model know about the batch.
+
+    ids: of the branches or tasks. selected: whether a selector chose them, one for each prompt.
+    token_mask: (batch, tokens), true where a token is not padding.
+    """
+
+    ids: Tensor | None = None
+    selected: bool = False
+    token_mask: Tensor | None = None
+
+    def ids_for(self, x: Tensor) -> Tensor | None:
+        """The ids for a layer input x (batch, ..., in)."""
+        if self.ids is None or not self.selected or x.dim() < 3:
+            return self.ids
+        # generate repeats each prompt for its beams and returned sequences.
+        return self.ids.repeat_interleave(max(1, len(x) // len(self.ids)))
+
+
+@contextmanager
+def branch_ids(
+    model: nn.Module, ids: int | Sequence[int] | Sequence[Sequence[int]] | Tensor
+) -> Iterator[None]:
+    """Say which branch (or task, for a learned gate) each example or token belongs to.
+
+    ids: one int for all, (batch,), or (batch, tokens) for packed rows; -1 is the shared branch
+    alone. With beam search or several returned sequences, repeat each id as often.
+
+    Raises:
+        ValueError: no manylora layer in the model, ids out of range or of the wrong shape, or
+            reentrant gradient checkpointing is on.
+    """
+    with set_ids(model, torch.as_tensor(ids)):
+        yield
+
+
+@contextmanager
+def set_ids(model: nn.Module, ids: Tensor, selected: bool = False) -> Iterator[None]:
+    """`branch_ids`, also for ids that a selector chose (then one for each prompt)."""
+    from manylora.adapter.layer import ManyLoraLayer
+
+    layers = [module for module in model.modules() if isinstance(module, ManyLoraLayer)]
+    if not layers:
+        raise ValueError("branch_ids: the model has no manylora layer; attach an adapter first")
+    checked = _check(ids, layers)
+    states = list({id(layer.state): layer.state for layer in layers}.values())
+    if any(branches.needs_ids for layer in layers for branches in layer.branches.values()):
+        keep_ids_through_checkpointing(model, states)
+    with _restored([(state, checked, selected) for state in states]):
+        yield
+
+
+def _check(ids: Tensor, layers: Sequence[Any]) -> Tensor:
+    if ids.is_floating_point() or ids.dtype == torch.bool or ids.dim() > 2 or not ids.numel():
+        raise ValueError(
+            f"branch_ids: ids must be integers of shape (), (batch,) or (batch, tokens), "
+            f"got {ids.dtype} of shape {tuple(ids.shape)}"
+        )
+    choices = [
+        branches.choices
+        for layer in layers
+        for name, branches in layer.branches.items()
+        if name in layer.active_adapters and branches.needs_ids
+    ]
+    if choices and not -1 <= int(ids.min()) <= int(ids.max()) < min(choices):
+        raise ValueError(
+            f"branch_ids: ids must be in -1..{min(choices) - 1} (-1: the shared branch alone), "
+            f"got {int(ids.min())}..{int(ids.max())}"
+        )
+    return ids.long()
+
+
+@contextmanager
+def _restored(values: Sequence[tuple[BranchState, Tensor | None, bool]]) -> Iterator[None]:
+    before = [(state, state.ids, state.selected) for state, _, _ in values]
+    for state, ids, selected in values:
+        state.ids, state.selected = ids, selected
+    try:
+        yield
+    finally:
+        for state, ids, selected in before:
+            state.ids, state.selected = ids, selected
+
+
+class _KeepIds:
+    """A `context_fn` for torch's non-reentrant checkpointing that replays the forward's ids."""
+
+    def __init__(self, states: Sequence[BranchState], inner: Callable[[], Contexts] | None) -> None:
+        self.states = states
+        self.inner = inner
+
+    def __call__(self) -> Contexts:
+        replay = _restored([(state, state.ids, state.selected) for state in self.states])
+        forward, recompute = self.inner() if self.inner else (nullcontext(), nullcontext())
+        return forward, _both(recompute, replay)
+
+
+@contextmanager
+def _both(
+    first: AbstractContextManager[Any], second: AbstractContextManager[Any]
+) -> Iterator[None]:
+    with ExitStack() as stack:
+        stack.enter_context(first)
+        stack.enter_context(second)
+        yield
+
+
+def keep_ids_through_checkpointing(model: nn.Module, states: Sequence[BranchState]) -> None:
+    """Give every checkpointed block of a transformers model the context_fn above (idempotent)."""
+    for name, module in model.named_modules():
+        if getattr(module, "gradient_checkpointing", False) is not True:
+            continue
+        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+        if not isinstance(checkpoint, functools.partial):
+            continue
+        if checkpoint.keywords.get("use_reentrant", False):
+            raise ValueError(
+                f"branch ids and reentrant gradient checkpointing (on {name or 'the model'}) give "
+                "wrong gradients, because its recomputation cannot know the ids; enable it with "
+                'gradient_checkpointing_kwargs={"use_reentrant": False}'
+            )
+        context_fn = checkpoint.keywords.get("context_fn")
+        if isinstance(context_fn, _KeepIds):
+            context_fn.states = states
+            continue
+        keywords = {**checkpoint.keywords, "context_fn": _KeepIds(states, context_fn)}
+        module._gradient_checkpointing_func = functools.partial(
+            checkpoint.func, *checkpoint.args, **keywords
+        )
+
+
+def spread(ids: Tensor, lead: torch.Size) -> Tensor:
+    """Bring ids to a shape that broadcasts over the leading dimensions of a layer's input.
+
+    lead: x.shape[:-1]. (batch,) becomes (batch, 1, ...); (batch, tokens) matches, or is flattened
+    for models that flatten their tokens.
+    """
+    if ids.numel() == 1:
+        return ids.reshape([1] * len(lead))
+    if ids.dim() == 2:
+        if ids.shape == lead[:2]:
+            return ids.reshape(list(ids.shape) + [1] * (len(lead) - 2))
+        if len(lead) == 1 and ids.numel() == lead[0]:
+            return ids.reshape(-1)
+    elif ids.shape[0] == lead[0]:
+        return ids.reshape([-1] + [1] * (len(lead) - 1))
+    hint = "; pass ids of shape (batch, tokens), because this layer sees flattened tokens"
+    if len(lead) > 1:
+        repeats, rest = divmod(lead[0], ids.shape[0])
+        hint = (f"; beam search and several returned sequences repeat each prompt: pass "
+                f"ids.repeat_interleave({repeats})" if rest == 0 and repeats > 1 else "")
+    raise ValueError(
+        f"branch_ids: ids of shape {tuple(ids.shape)} do not fit a layer input whose leading "
+        f"dimensions are {tuple(lead)}{hint}"
+    )

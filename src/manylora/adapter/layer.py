@@ -1,0 +1,309 @@
+"""One adapted linear layer: the frozen layer plus any number of named multi-branch adapters.
+
+    y = W x + s * B [ g(x) (x) A x ] + s0 * B0 A0 x
+
+Each tensor is the `.weight` of a leaf module of its own, `manylora_A.NAME.weight` and so on (shapes:
+`Branches.shapes`); what a method does not have is absent. `get_delta_weight` is the one source of
+an adapter's weight update: merge, export and inspection call it.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils import resolve_quantization_backend
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from manylora.adapter.config import ManyLoraConfig
+from manylora.adapter.ids import BranchState, spread
+from manylora.adapter.init import initialize
+from manylora.adapter.ops import branch_update, fold_scale
+from manylora.adapter.router import balance_loss, id_weights, router_weights, softmax
+from manylora.methods import Branches
+
+
+class Factor(nn.Module):
+    """A leaf that holds one tensor; calling it returns it, so that ZeRO-3 gathers it in time."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, columns))
+
+    def forward(self) -> Tensor:
+        return self.weight
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, {self.weight.shape[1]}"
+
+
+class ManyLoraLayer(nn.Module, BaseTunerLayer):
+    """A frozen `nn.Linear`, `Conv1D` or quantised linear layer with manylora adapters."""
+
+    adapter_layer_names = (
+        "manylora_A",
+        "manylora_B",
+        "manylora_router",
+        "manylora_scale",
+        "manylora_gate",
+        "manylora_shared_A",
+        "manylora_shared_B",
+    )
+    other_param_names = ("branches", "configs", "scaling", "shared_scaling", "routing_loss")
+
+    def __init__(self, base_layer: nn.Module, name: str, state: BranchState, **kwargs: Any) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.name = name
+        self.state = state
+        self.quantization_backend = resolve_quantization_backend(
+            self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
+        )
+        for attribute in self.adapter_layer_names:
+            setattr(self, attribute, nn.ModuleDict())
+        self.branches: dict[str, Branches] = {}
+        self.configs: dict[str, ManyLoraConfig] = {}
+        self.scaling: dict[str, float] = {}
+        self.shared_scaling: dict[str, float] = {}
+        self.routing_loss: dict[str, Tensor] = {}
+        self._disable_adapters = False
+        self._active_adapter: str | list[str] = []
+        self.merged_adapters: list[str] = []
+        self._unmerged: Any = None
+        self.cast_input_dtype_enabled = True
+        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+
+    def update_layer(
+        self, adapter: str, config: ManyLoraConfig, inference_mode: bool = False
+    ) -> None:
+        """Create the tensors of a new adapter, initialised as its method says."""
+        branches = config.branches_of(self.name)
+        self.branches[adapter], self.configs[adapter] = branches, config
+        self.scaling[adapter], self.shared_scaling[adapter] = config.scalings_of(self.name)
+        for part, shape in branches.shapes(self.in_features, self.out_features).items():
+            getattr(self, f"manylora_{part}")[adapter] = Factor(*shape)
+        initialize(self._tensors(adapter), branches, config)
+        self._move_adapter_to_device_of_base_layer(adapter)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _tensors(self, adapter: str) -> dict[str, Tensor]:
+        return {
+            attribute.removeprefix("manylora_"): getattr(self, attribute)[adapter]()
+            for attribute in self.adapter_layer_names
+            if adapter in getattr(self, attribute)
+        }
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        adapter_names = kwargs.pop("adapter_names", None)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        y = self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._mixed_batch(y, x, adapter_names)
+        if self.merged:
+            return y
+        adapters = [name for name in self.active_adapters if name in self.manylora_A]
+        if adapters and self.quantization_backend is not None:
+            y = self.quantization_backend.maybe_clone_base_result(y)
+        dtype = y.dtype
+        for adapter in adapters:
+            y = y + self._update(adapter, x, self.state.ids_for(x))
+        return y.to(dtype)
+
+    def _mixed_batch(self, y: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
+        if self.merged:
+            raise ValueError("Cannot pass `adapter_names` when there are merged adapters, please "
+                             "call `unmerge_adapter` first.")
+        if len(adapter_names) != len(x):
+            raise ValueError("Length of `adapter_names` should be the same as the number of "
+                             f"inputs, but got {len(adapter_names)} and {len(x)} ({self.name})")
+        ids, y = self.state.ids_for(x), y.clone()
+        if ids is not None:
+            spread(ids, x.shape[:-1])  # raises where they do not fit
+        for adapter in sorted(set(adapter_names) & set(self.manylora_A.keys())):
+            rows = torch.tensor([i for i, name in enumerate(adapter_names) if name == adapter])
+            rows = rows.to(x.device)
+            mine = ids if ids is None or ids.numel() == 1 else ids.to(x.device)[rows]
+            y[rows] = y[rows] + self._update(adapter, x[rows], mine).to(y.dtype)
+        return y
+
+    def _update(self, adapter: str, x: Tensor, ids: Tensor | None) -> Tensor:
+        """s * B [g(x) (x) A x] + s0 * B0 A0 x for one adapter; (..., out)."""
+        branches, config = self.branches[adapter], self.configs[adapter]
+        t = self._tensors(adapter)
+        x = self._cast_input_dtype(x, t["A"].dtype)
+        dropout = config.lora_dropout if self.training else 0.0
+        weights = self._weights(adapter, x, ids, t)
+        update = self.scaling[adapter] * branch_update(
+            x, t["A"], t["B"], branches, weights, t.get("scale"), dropout, config.dropout_per_branch
+        )
+        if branches.shared_rank:
+            h = F.linear(F.dropout(x, dropout) if dropout else x, t["shared_A"])
+            update = update + self.shared_scaling[adapter] * F.linear(h, t["shared_B"])
+        return update
+
+    def _weights(
+        self, adapter: str, x: Tensor, ids: Tensor | None, t: dict[str, Tensor]
+    ) -> Tensor | None:
+        branches, config = self.branches[adapter], self.configs[adapter]
+        if branches.needs_ids:
+            return id_weights(branches, ids, t.get("gate"), x, self.name)
+        if branches.gate != "router":
+            return self._constant_weights(branches, x)
+        seen = x if branches.router_input == "x" else F.linear(x, t["A"])
+        weights = router_weights(seen, t["router"])
+        if config.balance_loss is not None and self.training and not _in_backward():
+            # A checkpoint must not count what the loss saves: its recomputation skips the loss.
+            with torch.autograd.graph.saved_tensors_hooks(_itself, _itself):
+                self.routing_loss[adapter] = config.balance_weight * balance_loss(
+                    weights, config.balance_loss, self.state.token_mask
+                )
+        return weights
+
+    @staticmethod
+    def _constant_weights(branches: Branches, like: Tensor) -> Tensor | None:
+        if branches.gate == "uniform":
+            dtype = torch.promote_types(like.dtype, torch.float32)
+            return torch.full(
+                (branches.count,), 1 / branches.count, dtype=dtype, device=like.device
+            )
+        return None
+
+    def get_delta_weight(self, adapter: str, weights: Tensor | None = None) -> Tensor:
+        """The weight update of an adapter, shaped like the base layer's weight.
+
+        Args:
+            adapter: its name.
+            weights: mixing weights (N,). Needed where they depend on the token (an approximation)
+                or the example (exact for that example's branch: `fixed_weights`).
+
+        Raises: ValueError when the weights depend on the input and none are given.
+        """
+        branches, t = self.branches[adapter], self._tensors(adapter)
+        t = {part: _computable(tensor) for part, tensor in t.items()}
+        if weights is None:
+            weights = self._merge_weights(adapter, t["A"])
+        A, B = t["A"], fold_scale(t["B"], branches, t.get("scale"))
+        if branches.share_A:
+            A = A.repeat(branches.count, 1)
+        if branches.share_B:
+            B = B.repeat(1, branches.count)
+        if weights is not None:
+            column = torch.tensor(branches.ranks, device=A.device)
+            B = B * weights.to(B).repeat_interleave(column)
+        delta = self.scaling[adapter] * (B @ A)
+        if branches.shared_rank:
+            delta = delta + self.shared_scaling[adapter] * (t["shared_B"] @ t["shared_A"])
+        delta = delta.to(self.manylora_A[adapter].weight.dtype)
+        return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
+
+    def fixed_weights(self, adapter: str, choice: int) -> Tensor:
+        """Mixing weights (N,) of the branch or, for a learned gate, of the task of that id."""
+        branches = self.branches[adapter]
+        zeros = torch.zeros(branches.count, device=self.manylora_A[adapter].weight.device)
+        if choice == -1:
+            return zeros
+        if branches.gate == "task":
+            return softmax(self.manylora_gate[adapter].weight[choice])
+        zeros[choice] = 1.0
+        return zeros
+
+    def _merge_weights(self, adapter: str, like: Tensor) -> Tensor | None:
+        branches = self.branches[adapter]
+        if branches.gate == "router":
+            raise ValueError(not_mergeable(adapter, branches))
+        if not branches.needs_ids:
+            return self._constant_weights(branches, like)
+        if self.state.ids is None or self.state.ids.numel() != 1:
+            raise ValueError(not_mergeable(adapter, branches))
+        return self.fixed_weights(adapter, int(self.state.ids))
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the weight updates of the adapters to the base weight; undone exactly by unmerge."""
+        names = check_adapters_to_merge(self, adapter_names)
+        names = [name for name in names if name in self.manylora_A]
+        if not names:
+            return
+        deltas = [self.get_delta_weight(name) for name in names]
+        weight = self.get_base_weight()
+        if self._unmerged is None:
+            self._unmerged = self._keep_base(weight)
+        # Summed before rounding to the base's dtype, which matters for bf16 bases.
+        merged = weight + sum(deltas[1:], deltas[0]).to(weight.device)
+        if safe_merge and not torch.isfinite(merged).all():
+            self._unmerged = self._unmerged if self.merged else None
+            raise ValueError(f"{self.name}: NaNs detected in the merged weights. The adapter "
+                             f"{', '.join(names)} seems to be broken")
+        if self.quantization_backend is not None:
+            warnings.warn(
+                f"merging into a {self.quantization_backend.backend_name} layer rounds the result "
+                "to its few levels again; merge into the unquantised base model instead",
+                stacklevel=2,
+            )
+        self.set_base_weight(merged.to(weight.dtype))
+        self.merged_adapters.extend(names)
+
+    def _keep_base(self, weight: Tensor) -> Any:
+        if self.quantization_backend is not None:
+            return (copy.deepcopy(self.base_layer),)  # in a tuple, lest it become a submodule
+        return weight.detach().to("cpu", copy=True)
+
+    def unmerge(self) -> None:
+        """Put back the base weight as it was before merging, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        if self.quantization_backend is not None:
+            (self.base_layer,) = self._unmerged
+        else:
+            self.set_base_weight(self._unmerged.to(self.get_base_weight().device))
+        self._unmerged = None
+        self.merged_adapters.clear()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return not (self.branches[adapter_name].gate == "router"
+                    or self.branches[adapter_name].needs_ids)
+
+    def __repr__(self) -> str:
+        return "manylora." + super().__repr__()
+
+
+class ManyLoraLinear(ManyLoraLayer):
+    """PEFT's "all-linear" finds layers that already have an adapter by "Linear" in this name."""
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _in_backward() -> bool:
+    """A checkpointed block runs again inside the backward pass; its loss was already counted."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def not_mergeable(adapter: str, branches: Branches) -> str:
+    """Why an adapter has no single weight update, and what to do instead."""
+    if branches.gate == "router":
+        return (
+            f"adapter {adapter!r} mixes its branches anew for every token, so no single weight "
+            "equals it and it cannot be merged exactly; keep it unmerged, call unload() to drop "
+            "it, or approximate it by its mean routing: manylora export RUN --static"
+        )
+    what = "task" if branches.gate == "task" else "branch"
+    return (
+        f"adapter {adapter!r} has one weight update for each {what}: say which to merge, "
+        f"`with manylora.branch_ids(model, K): model.merge_adapter()`, or export all of them, one "
+        "plain LoRA each: manylora export RUN"
+    )
+
+
+def _computable(tensor: Tensor) -> Tensor:
+    """Half precision is multiplied in float32: slow on some CPUs otherwise, and less exact."""
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))

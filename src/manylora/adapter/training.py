@@ -1,0 +1,156 @@
+"""What training a manylora adapter needs beyond a plain loop, for any transformers or TRL trainer.
+
+    class Trainer(ManyLoraTrainerMixin, SFTTrainer): ...
+
+The mixin gives a batch's `branch_ids` column to the adapter, adds a router's balance loss with the
+weight it should have under gradient accumulation, and keeps routers, gates and scales in float32.
+Without a trainer: `loss = model(**batch).loss + manylora.balance_loss(model)`.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from manylora.adapter.ids import branch_ids
+from manylora.adapter.layer import ManyLoraLayer
+
+_SMALL = ("manylora_router", "manylora_gate", "manylora_scale")
+
+
+def layers_of(model: nn.Module) -> list[ManyLoraLayer]:
+    return [module for module in model.modules() if isinstance(module, ManyLoraLayer)]
+
+
+def balance_loss(model: nn.Module) -> Tensor | float:
+    """The weighted balance losses of the last forward pass, averaged over layers; then forgotten.
+
+    0.0 when no adapter has one. Call once for each training forward pass.
+    """
+    losses = []
+    for layer in layers_of(model):
+        losses += list(layer.routing_loss.values())
+        layer.routing_loss.clear()
+    return torch.stack([loss.float() for loss in losses]).mean() if losses else 0.0
+
+
+def keep_small_tensors_in_float32(model: nn.Module) -> None:
+    """Undo a trainer's cast of routers, gates and scales to bf16, which rounds their steps away.
+
+    TRL casts every trained tensor of an adapter on a quantised base (peft.md, obstacle 8).
+    """
+    for layer in layers_of(model):
+        for attribute in _SMALL:
+            for factor in getattr(layer, attribute).values():
+                if factor.weight.dtype in (torch.bfloat16, torch.float16):
+                    factor.weight.data = factor.weight.data.float()
+
+
+class ManyLoraTrainerMixin:
+    """Left of a transformers or TRL trainer class; see the module's text.
+
+    A batch may hold `branch_ids`, (batch,) or (batch, tokens). The data collator must make it, and
+    `remove_unused_columns=False` must let its source column through.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        keep_small_tensors_in_float32(self.model)  # type: ignore[attr-defined]
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        ids = inputs.pop("branch_ids", None)
+        mine = self.model  # type: ignore[attr-defined]
+        with nullcontext() if ids is None else branch_ids(mine, ids):
+            result = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        extra = balance_loss(mine)
+        if not isinstance(extra, Tensor):
+            return result
+        extra = extra / self._accumulation_of_a_summed_loss(args, kwargs)
+        if isinstance(result, tuple):
+            return (result[0] + extra, *result[1:])
+        return result + extra
+
+    def _accumulation_of_a_summed_loss(self, args: Any, kwargs: Any) -> int:
+        """Micro-batches per step where the trainer sums their losses; 1 where it averages them.
+
+        The same condition as in `Trainer.training_step`: a loss divided by the tokens of the whole
+        step is summed over its micro-batches, so a per-micro-batch mean has to be divided here.
+        """
+        given = kwargs.get("num_items_in_batch", args[1] if len(args) > 1 else None)
+        trainer: Any = self
+        summed = trainer.loss_is_scaled_for_ga
+        if summed is None:
+            summed = (trainer.model_accepts_loss_kwargs and given is not None) or (
+                trainer.compute_loss_func is not None
+            )
+        return int(trainer.current_gradient_accumulation_steps) if summed else 1
+
+
+def dead_gradients(model: nn.Module, adapter: str, seen_ids: set[int] | None = None) -> list[str]:
+    """Tensors and branches that got no gradient though they should have, by name.
+
+    Call after the backward pass of a step, before the optimiser. A gradient that is zero by design
+    is not reported: while a branch's B is zero nothing reaches its A, its router and its gate, and
+    while its scale c is zero only c is reached; so a first call tells about B (or c), and one after
+    the first update about the rest. seen_ids: the branch or task ids that had a training example so
+    far; other branches are not expected to have learned.
+    """
+    dead = []
+    for layer in layers_of(model):
+        if adapter not in layer.branches:
+            continue
+        for part in layer.branches[adapter].shapes(layer.in_features, layer.out_features):
+            gradient = getattr(layer, f"manylora_{part}")[adapter].weight.grad
+            for branch in _reached(layer, adapter, part, seen_ids):
+                block = None if gradient is None else _block(layer, adapter, part, gradient, branch)
+                if block is None or not bool(block.any()):
+                    name = f"{layer.name}.manylora_{part}"
+                    dead.append(name if branch is None else f"{name}, branch {branch}")
+    return dead
+
+
+def _reached(
+    layer: ManyLoraLayer, adapter: str, part: str, seen: set[int] | None
+) -> list[int | None]:
+    """The branches of a tensor that a gradient can reach now; [None] for a tensor they share."""
+    branches = layer.branches[adapter]
+    if part == "shared_B":
+        return [None]
+    if part == "shared_A":
+        return [None] if _nonzero(layer, adapter, "shared_B") else []
+    used = list(range(branches.count))
+    if branches.gate == "one_hot" and seen is not None:
+        used = [i for i in used if i in seen]
+    if branches.scaled and part != "scale":
+        used = [i for i in used if _nonzero(layer, adapter, "scale", i)]
+    if part not in ("B", "scale"):
+        used = [i for i in used if _nonzero(layer, adapter, "B", i)]
+    shared = {"A": branches.share_A, "B": branches.share_B}.get(part, False)
+    if part in ("router", "gate") and branches.count == 1:
+        return []  # the softmax of one logit is 1 whatever it is
+    if part in ("router", "gate") or shared:
+        return [None] if used else []
+    return list(used)
+
+
+def _nonzero(layer: ManyLoraLayer, adapter: str, part: str, branch: int | None = None) -> bool:
+    weight = getattr(layer, f"manylora_{part}")[adapter].weight
+    return bool(_block(layer, adapter, part, weight, branch).any())
+
+
+def _block(
+    layer: ManyLoraLayer, adapter: str, part: str, tensor: Tensor, branch: int | None
+) -> Tensor:
+    """The part of a tensor that belongs to one branch; all of it where branches share it."""
+    branches = layer.branches[adapter]
+    shared = {"A": branches.share_A, "B": branches.share_B}.get(part, False)
+    if branch is None or shared:
+        return tensor
+    if part == "scale":
+        return tensor[branch]
+    return tensor.split(list(branches.ranks), 1 if part == "B" else 0)[branch]

@@ -1,0 +1,166 @@
+"""How likely a model finds given answers, and what it answers itself: the two model calls of scoring.
+
+Prompts are padded on the left with their own position ids and read once, whatever the number of
+answers to compare; each answer continues from the prompt's cache. Neither padding nor batch mates
+change a score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from manylora.adapter.ids import branch_ids
+from manylora.inspect.routing import RoutingMeter
+
+Model = PreTrainedModel | PeftModel
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A prompt and possible answers as token ids (each at least one token); gold: the right one."""
+
+    prompt: list[int]
+    answers: list[list[int]]
+    gold: int
+    task_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerScore:
+    """log_likelihood of the answer in nats; greedy: whether greedy decoding would write it."""
+
+    log_likelihood: float
+    tokens: int
+    greedy: bool
+
+
+@torch.inference_mode()
+def score_answers(
+    model: Model,
+    questions: Sequence[Question],
+    pad_token_id: int,
+    batch_size: int = 16,
+    use_ids: bool = False,
+    meter: RoutingMeter | None = None,
+) -> list[list[AnswerScore]]:
+    """Score every answer of every question; all questions have the same number of answers.
+
+    use_ids: give the adapter each question's task id as its branch id. meter: counts routing over
+    the tokens of prompts and right answers.
+    """
+    scores: list[list[AnswerScore]] = [[] for _ in questions]
+    for batch in _batches([len(question.prompt) for question in questions], batch_size):
+        picked = [questions[i] for i in batch]
+        for i, found in zip(batch, _score(model, picked, pad_token_id, use_ids, meter), strict=True):
+            scores[i] = found
+    return scores
+
+
+def _score(
+    model: Model,
+    questions: list[Question],
+    pad: int,
+    use_ids: bool,
+    meter: RoutingMeter | None,
+) -> list[list[AnswerScore]]:
+    ids, mask, positions = _left_padded([q.prompt for q in questions], pad, model.device)
+    tasks = torch.tensor([q.task_id for q in questions])
+    with _watched(meter, mask, tasks), _ids(model, tasks, use_ids):
+        read = model(input_ids=ids, attention_mask=mask, position_ids=positions,
+                     past_key_values=DynamicCache(config=model.config), use_cache=True,
+                     logits_to_keep=1)
+    count = len(questions[0].answers)
+    answers = [answer for q in questions for answer in q.answers]
+    predicted = read.logits[:, -1:].repeat_interleave(count, 0)
+    width = max(len(answer) for answer in answers) - 1
+    if width:
+        read.past_key_values.batch_repeat_interleave(count)
+        more = torch.tensor([a[:-1] + [pad] * (width + 1 - len(a)) for a in answers])
+        real = torch.tensor([[i < len(a) - 1 for i in range(width)] for a in answers])
+        real = real.to(mask)
+        gold = torch.tensor([i == q.gold for q in questions for i in range(count)])
+        tasks = tasks.repeat_interleave(count)
+        start = mask.sum(1, keepdim=True).repeat_interleave(count, 0)
+        with (_watched(meter, real * gold[:, None].to(real), tasks),
+              _ids(model, tasks, use_ids)):
+            rest = model(
+                input_ids=more.to(ids), past_key_values=read.past_key_values, use_cache=True,
+                attention_mask=torch.cat([mask.repeat_interleave(count, 0), real], 1),
+                position_ids=start + torch.arange(width, device=ids.device),
+            )
+        predicted = torch.cat([predicted, rest.logits], 1)
+    found = [_one(logits, answer) for logits, answer in zip(predicted, answers, strict=True)]
+    return [found[i : i + count] for i in range(0, len(found), count)]
+
+
+def _one(logits: Tensor, answer: list[int]) -> AnswerScore:
+    predicted = torch.log_softmax(logits[: len(answer)].float(), -1)
+    wanted = torch.tensor(answer, device=logits.device)
+    likelihood = predicted.gather(1, wanted[:, None]).double().sum()
+    return AnswerScore(float(likelihood), len(answer), bool((predicted.argmax(-1) == wanted).all()))
+
+
+@torch.inference_mode()
+def generate_answers(
+    model: Model,
+    prompts: Sequence[list[int]],
+    pad_token_id: int,
+    eos_token_ids: list[int],
+    max_new_tokens: int | Sequence[int],
+    batch_size: int = 16,
+    ids: Sequence[int] | None = None,
+) -> list[list[int]]:
+    """Greedy answers as token ids, without the end of turn.
+
+    max_new_tokens: one limit, or one for each prompt. ids: a branch id for each prompt.
+    """
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+    answers: list[list[int]] = [[] for _ in prompts]
+    for batch in _batches([len(prompt) for prompt in prompts], batch_size):
+        tokens, mask, _ = _left_padded([prompts[i] for i in batch], pad_token_id, model.device)
+        chosen = None if ids is None else torch.tensor([ids[i] for i in batch])
+        with nullcontext() if chosen is None else branch_ids(model, chosen):
+            output = model.generate(
+                input_ids=tokens, attention_mask=mask, do_sample=False, num_beams=1,
+                max_new_tokens=max(limits[i] for i in batch), pad_token_id=pad_token_id,
+                eos_token_id=eos_token_ids, temperature=None, top_p=None, top_k=None,
+            )
+        for place, i in enumerate(batch):
+            new = output[place, tokens.shape[1] :].tolist()[: limits[i]]
+            ends = [new.index(eos) for eos in eos_token_ids if eos in new]
+            answers[i] = new[: min(ends)] if ends else new
+    return answers
+
+
+def _watched(
+    meter: RoutingMeter | None, mask: Tensor, tasks: Tensor
+) -> AbstractContextManager[None]:
+    return nullcontext() if meter is None else meter.watching(mask, tasks)
+
+
+def _ids(model: Model, tasks: Tensor, use_ids: bool) -> AbstractContextManager[None]:
+    return branch_ids(model, tasks) if use_ids else nullcontext()
+
+
+def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Row numbers in batches of like lengths, longest first."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+def _left_padded(
+    rows: list[list[int]], pad_token_id: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[pad_token_id] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    return ids.to(device), mask.to(device), positions.to(device)

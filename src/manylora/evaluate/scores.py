@@ -1,0 +1,177 @@
+"""Per-task scores with 95 % intervals, on held-out rows.
+
+    nll              -log p(answer | prompt) / tokens of the answer, nats a token, end of turn
+                     included; mean over rows
+    exact_match      greedy decoding writes exactly the answer's tokens and stops
+    choice_accuracy  the right answer is the likeliest of the task's answers, where it has a closed
+                     set of them (at most 20, each seen 4 times in training on average)
+    token_f1         overlap of white-space tokens of the generated and the right answer, lower
+                     case (SQuAD's F1 without its article and punctuation rules); open tasks
+
+Intervals are percentile bootstraps over a task's rows (2,000 resamples, seeded).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import bootstrap
+from transformers import PreTrainedTokenizerBase
+
+from manylora.corpus import Corpus, Encoded, Example, encode, encode_all
+from manylora.evaluate.answers import Model, Question, generate_answers, score_answers
+from manylora.inspect.routing import RoutingMeter
+
+SCORES_FILE = "scores.json"
+MAX_CHOICES = 20
+
+Interval = list[float]  # mean, low, high
+Metrics = dict[str, Interval]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out rows of one task; choices: its closed set of answers, or empty."""
+
+    name: str
+    examples: list[Example]
+    encoded: list[Encoded]
+    choices: list[str]
+
+
+def held_out(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, max_length: int, rows_per_task: int
+) -> tuple[list[HeldOut], list[str]]:
+    """The rows to score, in file order from the top, and notes about what is not scored."""
+    tasks, notes = [], []
+    for name in corpus.tasks:
+        examples = corpus.test.get(name, [])[:rows_per_task]
+        encoded, too_long = encode_all(examples, tokenizer, max_length)
+        if too_long:
+            notes.append(f"{name}: {len(too_long)} of {len(examples)} held-out rows have more than "
+                         f"max_length={max_length} tokens and are not scored")
+        if len(encoded) < 2:
+            notes.append(f"{name}: {len(encoded)} held-out rows give no interval; not scored")
+            continue
+        left_out = {id(example) for example in too_long}
+        kept = [example for example in examples if id(example) not in left_out]
+        tasks.append(HeldOut(name, kept, encoded, closed_answers(corpus.train[name], kept)))
+    return tasks, notes
+
+
+def closed_answers(train: Sequence[Example], test: Sequence[Example]) -> list[str]:
+    """The answers of a task that has a closed set of them, sorted; else none."""
+    answers = sorted({example.output for example in train})
+    few = 2 <= len(answers) <= MAX_CHOICES and len(train) >= 4 * len(answers)
+    return answers if few and {example.output for example in test} <= set(answers) else []
+
+
+def score_tasks(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[HeldOut],
+    all_tasks: Sequence[str],
+    batch_size: int = 16,
+    use_ids: bool = False,
+    generate: bool = True,
+    meter: RoutingMeter | None = None,
+) -> dict[str, Metrics]:
+    """Metric intervals for each task. all_tasks: names in the order of their ids."""
+    pad = int(tokenizer.pad_token_id)
+    result = {}
+    for task in tasks:
+        task_id = list(all_tasks).index(task.name)
+        questions = [_question(task, i, tokenizer, task_id) for i in range(len(task.examples))]
+        scores = score_answers(model, questions, pad, batch_size, use_ids, meter)
+        right = [found[q.gold] for found, q in zip(scores, questions, strict=True)]
+        values = {
+            "nll": [-score.log_likelihood / score.tokens for score in right],
+            "exact_match": [float(score.greedy) for score in right],
+        }
+        if task.choices:
+            values["choice_accuracy"] = [
+                float(max(found, key=lambda score: score.log_likelihood) is best)
+                for found, best in zip(scores, right, strict=True)
+            ]
+        elif generate:
+            values["token_f1"] = _generated_f1(
+                model, tokenizer, task, batch_size, task_id if use_ids else None
+            )
+        result[task.name] = {metric: interval(value) for metric, value in values.items()}
+    return result
+
+
+def _question(
+    task: HeldOut, row: int, tokenizer: PreTrainedTokenizerBase, task_id: int
+) -> Question:
+    example, encoded = task.examples[row], task.encoded[row]
+    prompt = encoded.input_ids[: encoded.prompt_length]
+    right = encoded.input_ids[encoded.prompt_length :]
+    if not task.choices:
+        return Question(prompt, [right], 0, task_id)
+    answers = [right if choice == example.output else _answer(example, choice, tokenizer)
+               for choice in task.choices]
+    return Question(prompt, answers, task.choices.index(example.output), task_id)
+
+
+def _answer(example: Example, answer: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    other = Example(example.task, example.instruction, example.input, answer, example.source)
+    encoded = encode(other, tokenizer, max_length=2**31)
+    return encoded.input_ids[encoded.prompt_length :]
+
+
+def _generated_f1(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    task: HeldOut,
+    batch_size: int,
+    task_id: int | None,
+) -> list[float]:
+    prompts = [item.input_ids[: item.prompt_length] for item in task.encoded]
+    limit = 2 * max(item.answer_tokens for item in task.encoded)
+    ends = sorted({item.input_ids[-1] for item in task.encoded} | {int(tokenizer.eos_token_id)})
+    ids = None if task_id is None else [task_id] * len(prompts)
+    answers = generate_answers(
+        model, prompts, int(tokenizer.pad_token_id), ends, limit, batch_size, ids)
+    texts = [str(tokenizer.decode(answer, skip_special_tokens=True)) for answer in answers]
+    return [token_f1(text, example.output)
+            for text, example in zip(texts, task.examples, strict=True)]
+
+
+def token_f1(answer: str, reference: str) -> float:
+    """F1 of the white-space tokens of two texts, lower case; 1 when both are empty."""
+    ours, theirs = answer.lower().split(), reference.lower().split()
+    if not ours or not theirs:
+        return float(ours == theirs)
+    common = sum((Counter(ours) & Counter(theirs)).values())
+    return 2 * common / (len(ours) + len(theirs))
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Mean and 95 % percentile bootstrap bounds of at least two values."""
+    if len(set(values)) == 1:
+        return [float(values[0])] * 3
+    result = bootstrap((np.asarray(values),), np.mean, n_resamples=2000, method="percentile",
+                       rng=np.random.default_rng(0))
+    low, high = result.confidence_interval
+    return [float(np.mean(values)), float(low), float(high)]
+
+
+def write_scores(
+    run: Path,
+    tasks: Sequence[HeldOut],
+    before: dict[str, Metrics],
+    after: dict[str, Metrics],
+) -> None:
+    """scores.json in the form that the design fixes."""
+    scores = {
+        task.name: {"n": len(task.examples), "before": before[task.name],
+                    "after": after[task.name]}
+        for task in tasks
+    }
+    (run / SCORES_FILE).write_text(json.dumps({"tasks": scores}, indent=2), encoding="utf-8")

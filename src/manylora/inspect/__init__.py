@@ -1,0 +1,1 @@
+"""Why an adapter works, or does not."""

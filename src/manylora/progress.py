@@ -1,0 +1,118 @@
+"""What a training run tells while it runs: a bar with the time left, metrics.jsonl, dead gradients."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+from manylora.adapter.training import dead_gradients
+
+
+class MetricsFile(TrainerCallback):  # type: ignore[misc]
+    """One JSON line for each logged step; losses are those since the line before."""
+
+    trainer: Any
+
+    def __init__(self, path: Path, tasks: list[str]) -> None:
+        self.path, self.tasks = path, tasks
+        self.started = self.last = time.perf_counter()
+        self.last_tokens = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = self.last = time.perf_counter()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        now, tokens = time.perf_counter(), self.trainer.tokens
+        line = {
+            "step": state.global_step,
+            "seconds": round(now - self.started, 3),
+            "loss": _finite(logs["loss"]),
+            "learning_rate": logs["learning_rate"],
+            "grad_norm": _finite(logs.get("grad_norm", 0.0)),
+            "tokens": tokens,
+            "tokens_per_second": round((tokens - self.last_tokens) / (now - self.last), 1),
+            "tasks": self._task_losses(),
+        }
+        self.last, self.last_tokens = now, tokens
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _task_losses(self) -> dict[str, dict[str, float]]:
+        losses, tokens = self.trainer.task_loss.tolist(), self.trainer.task_tokens.tolist()
+        self.trainer.task_loss.zero_()
+        self.trainer.task_tokens.zero_()
+        return {
+            task: {"loss": loss / count, "tokens": int(count)}
+            for task, loss, count in zip(self.tasks, losses, tokens, strict=True)
+            if count
+        }
+
+
+class GradientCheck(TrainerCallback):  # type: ignore[misc]
+    """Has every branch and router got a gradient? Names those without, in the first steps.
+
+    Warm-up may leave the weights where they are at the first step, so the third is the first in
+    which every tensor can be reached.
+    """
+
+    STEPS = 3
+
+    trainer: Any
+
+    def __init__(self, adapter: str, console: Console) -> None:
+        self.adapter, self.console = adapter, console
+        self.dead: list[str] = []
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        step = state.global_step + 1
+        if step > self.STEPS:
+            return
+        found = dead_gradients(model, self.adapter, self.trainer.seen_ids)
+        self.dead += [name for name in found if name not in self.dead]
+        if found:
+            more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+            self.console.print(
+                f"[bold yellow]step {step}: no gradient in {', '.join(found[:5])}{more}; these do "
+                "not learn. Is the layer used by the model, and is the loss finite?"
+            )
+
+
+class ProgressBar(TrainerCallback):  # type: ignore[misc]
+    """Steps done, the last loss, and the time left."""
+
+    def __init__(self, console: Console) -> None:
+        self.bar = Progress(
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn("{task.fields[loss]}"), console=console,
+        )
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.task = self.bar.add_task("training", total=state.max_steps, loss="")
+        self.bar.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.bar.update(self.task, loss=f"loss {float(logs['loss']):.3f}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.stop()
+
+
+def _finite(value: Any) -> float | None:
+    """JSON has no NaN; a lost loss is null, and the report says so."""
+    number = float(value)
+    return number if math.isfinite(number) else None

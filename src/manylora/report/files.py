@@ -1,0 +1,159 @@
+"""The run folder's files as the report reads them: typed, checked, with errors that name the file.
+
+Fields that the report doesn't show are not declared, and are ignored when present.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+Interval = tuple[float, float, float]  # mean, low, high (95 %)
+
+
+class TaskLoss(BaseModel):
+    """One task's loss since the previous logged line, in nats per answer token."""
+
+    loss: float
+    tokens: int
+
+
+class LoggedStep(BaseModel):
+    """One line of metrics.jsonl."""
+
+    step: int
+    loss: float
+    learning_rate: float
+    tokens_per_second: float
+    tasks: dict[str, TaskLoss]
+
+
+class TaskScores(BaseModel):
+    """One task of scores.json: metric name -> interval, before and after training."""
+
+    n: int
+    before: dict[str, Interval]
+    after: dict[str, Interval]
+
+
+class Scores(BaseModel):
+    """scores.json."""
+
+    tasks: dict[str, TaskScores]
+
+
+class Share(BaseModel):
+    """One task's part of the training mixture."""
+
+    task: str
+    rows: int
+    tokens: int
+    answer_tokens: int
+    share: float
+
+
+class Summary(BaseModel):
+    """summary.json."""
+
+    method: str
+    model: str
+    trainable_parameters: int
+    total_parameters: int
+    train_rows: int
+    train_tokens: int
+    steps: int
+    train_seconds: float
+    evaluate_seconds: float
+    peak_memory_bytes: int
+    device: str
+    versions: dict[str, str | None]
+    mixture: list[Share]
+
+
+class Routing(BaseModel):
+    """routing.json: task -> layer -> mean routing weight of each branch over held-out tokens."""
+
+    branches: int
+    layers: list[str]
+    tasks: dict[str, list[list[float]]]
+
+
+class Export(BaseModel):
+    """One entry of exports.json."""
+
+    path: str
+    kind: str
+    exact: bool
+    max_logit_difference: float
+    note: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunFiles:
+    """Everything the report shows, read from one run folder."""
+
+    recipe: str
+    steps: list[LoggedStep]
+    scores: Scores
+    summary: Summary
+    routing: Routing | None
+    exports: list[Export]
+
+
+T = TypeVar("T")
+
+
+def read_run(run: Path) -> RunFiles:
+    """Read a run folder; recipe, metrics, scores and summary must be there."""
+    metrics = run / "metrics.jsonl"
+    lines = _text(metrics).splitlines()
+    routing, exports = run / "routing.json", run / "exports.json"
+    return RunFiles(
+        recipe=_text(run / "recipe.yaml"),
+        steps=[
+            _parse(LoggedStep, line, f"{metrics}:{number}")
+            for number, line in enumerate(lines, start=1)
+            if line.strip()
+        ],
+        scores=_parse(Scores, _text(run / "scores.json"), str(run / "scores.json")),
+        summary=_parse(Summary, _text(run / "summary.json"), str(run / "summary.json")),
+        routing=_read_routing(routing) if routing.exists() else None,
+        exports=_parse(list[Export], _text(exports), str(exports)) if exports.exists() else [],
+    )
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{path} is missing, and the report needs it. `manylora train` writes it: "
+            "give the folder of a finished run, or train again."
+        ) from None
+
+
+def _parse(kind: type[T], text: str, where: str) -> T:
+    try:
+        return TypeAdapter(kind).validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "the whole"
+        raise ValueError(
+            f"{where}: {field}: {first['msg']}. The report reads what `manylora train` writes: "
+            "restore the file, or train again."
+        ) from None
+
+
+def _read_routing(path: Path) -> Routing:
+    routing = _parse(Routing, _text(path), str(path))
+    for task, layers in routing.tasks.items():
+        if len(layers) != len(routing.layers) or any(len(w) != routing.branches for w in layers):
+            raise ValueError(
+                f"{path}: task {task!r} needs {len(routing.layers)} layers of {routing.branches} "
+                f"weights, but has {len(layers)} layers of {sorted({len(w) for w in layers})}. "
+                "`manylora train` writes this file: delete it, or train again."
+            )
+    return routing

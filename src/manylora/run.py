@@ -1,0 +1,119 @@
+"""A run folder: what training leaves, and how to read it back.
+
+adapter_config.json, adapter_model.safetensors (and branch_selector.safetensors), recipe.yaml,
+metrics.jsonl, scores.json, routing.json, summary.json, report.html, README.md, checkpoints/.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from manylora.base import load_model, load_tokenizer
+from manylora.recipe import RECIPE_FILE, Recipe, load_recipe
+
+SUMMARY_FILE = "summary.json"
+PACKAGES = ("manylora", "torch", "peft", "transformers", "trl", "accelerate")
+
+
+def load(run: str | Path) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """The trained model, in eval mode, and its tokenizer, from a run folder alone.
+
+    Raises FileNotFoundError when the folder is not a finished run.
+    """
+    folder = Path(run)
+    recipe = recipe_of(folder)
+    model = load_model(recipe.model, recipe.dtype, recipe.quantize)
+    model = PeftModel.from_pretrained(model, str(folder))
+    if torch.cuda.is_available() and recipe.quantize is None:
+        model.to("cuda")
+    return model.eval(), load_tokenizer(recipe.model)
+
+
+def recipe_of(run: Path) -> Recipe:
+    """The resolved recipe of a finished run."""
+    for name in (RECIPE_FILE, "adapter_config.json"):
+        if not (run / name).is_file():
+            raise FileNotFoundError(
+                f"{run} is not a finished run: {name} is missing; make one with "
+                f"`manylora train RECIPE output={run}` or `manylora quickstart --output {run}`"
+            )
+    return load_recipe(run)
+
+
+def write_summary(
+    run: Path, model: PeftModel, recipe: Recipe, mixture: Sequence[Any], **measured: Any
+) -> None:
+    """summary.json: what was trained, on what, for how long."""
+    trained, total = model.get_nb_trainable_parameters()
+    device = model.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    summary = {
+        "method": recipe.adapter.method,
+        "model": recipe.model,
+        "trainable_parameters": trained,
+        "total_parameters": total,
+        "train_rows": sum(row["rows"] for row in mixture),
+        "device": name,
+        "peak_memory_bytes": peak_memory(device),
+        "versions": {package: version(package) for package in PACKAGES},
+        "mixture": list(mixture),
+        **measured,
+    }
+    (run / SUMMARY_FILE).write_text(json.dumps(summary, indent=2), encoding="utf-8")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU where there is one, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _cpu_name() -> str:
+    name = str(torch.cpu.get_capabilities().get("cpu_name") or "CPU").strip()
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def write_card(run: Path, recipe: Recipe, tasks: Sequence[str]) -> None:
+    """README.md: the model card, with the import without which the adapter does not load."""
+    config = recipe.config(num_tasks=len(tasks))
+    (run / "README.md").write_text(
+        f"""---
+base_model: {recipe.model}
+library_name: peft
+tags: [manylora, {config.method}, multi-task, lora]
+---
+
+# {config.method} on {recipe.model}
+
+A multi-branch LoRA adapter for {len(tasks)} tasks: {", ".join(tasks)}.
+
+```python
+import manylora  # registers the adapter's type with PEFT; without it loading ends in a KeyError
+
+model, tokenizer = manylora.load("{run.name}")  # this folder
+```
+
+Or with PEFT alone, on a base model of your own:
+
+```python
+import manylora
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "{run.name}")
+```
+
+Scores before and after training are in `scores.json`, with pictures in `report.html`; the run is
+repeated with `manylora train recipe.yaml output=NEW_FOLDER`.
+""",
+        encoding="utf-8",
+    )

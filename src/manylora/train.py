@@ -1,0 +1,284 @@
+"""The training run: a recipe in, a run folder out.
+
+corpus -> frozen base + adapter -> TRL's SFTTrainer (loss on the answers alone) -> scores before and
+after. `RunTrainer` adds what several tasks need: each example's task as its branch id, the order of
+the mixture, the loss of each task.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from rich.console import Console
+from torch import Tensor
+from torch.utils.data import Sampler
+from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
+from trl import SFTConfig, SFTTrainer
+
+from manylora.adapter.selector import BranchSelector
+from manylora.adapter.training import ManyLoraTrainerMixin
+from manylora.base import load_model, load_tokenizer
+from manylora.corpus import (
+    Collator,
+    Corpus,
+    Encoded,
+    Strategy,
+    encode_all,
+    load_corpus,
+    mixture_table,
+    print_mixture,
+    sample_order,
+)
+from manylora.corpus.encode import dataset_rows
+from manylora.evaluate.scores import HeldOut, held_out, score_tasks, write_scores
+from manylora.inspect.routing import RoutingMeter, write_routing
+from manylora.precision import autocast, resolve_precision
+from manylora.progress import GradientCheck, MetricsFile, ProgressBar
+from manylora.recipe import Recipe
+from manylora.run import write_card, write_summary
+
+ADAPTER = "default"
+
+
+@dataclass
+class Prepared:
+    """Everything a run trains with, loaded and checked."""
+
+    recipe: Recipe
+    corpus: Corpus
+    tokenizer: PreTrainedTokenizerBase
+    model: PeftModel
+    train: dict[str, list[Encoded]]
+    use_ids: bool
+
+
+class MixtureSampler(Sampler[int]):
+    """Row numbers in the order of the mixture, drawn anew for each epoch."""
+
+    def __init__(self, sizes: dict[str, int], strategy: Strategy, seed: int) -> None:
+        self.sizes, self.strategy, self.seed, self.epoch = sizes, strategy, seed, 0
+        starts = [0, *torch.tensor(list(sizes.values())).cumsum(0).tolist()]
+        self.starts = dict(zip(sizes, starts, strict=False))
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        for task, row in sample_order(self.sizes, self.strategy, self.seed, self.epoch):
+            yield self.starts[task] + row
+
+    def __len__(self) -> int:
+        return len(sample_order(self.sizes, self.strategy, self.seed, 0))
+
+
+class RunTrainer(ManyLoraTrainerMixin, SFTTrainer):  # type: ignore[misc]
+    """SFTTrainer that knows the task of each example."""
+
+    def __init__(self, prepared: Prepared, sampler: MixtureSampler, **kwargs: Any) -> None:
+        self.sampler = sampler
+        self.use_ids = prepared.use_ids
+        self.tasks = prepared.corpus.tasks
+        self.seen_ids: set[int] = set()
+        self.task_loss = torch.zeros(len(self.tasks), dtype=torch.float64)
+        self.task_tokens = torch.zeros(len(self.tasks), dtype=torch.float64)
+        self.tokens = 0
+        super().__init__(model=prepared.model, processing_class=prepared.tokenizer, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> MixtureSampler:
+        return self.sampler
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        tasks: Tensor = inputs.pop("task_ids")
+        if self.use_ids:
+            inputs["branch_ids"] = tasks
+        # The set tells the gradient check which branches have had an example.
+        if self.state.global_step < GradientCheck.STEPS:
+            self.seen_ids.update(tasks.tolist())
+        outputs: list[Any] = []
+        handle = self.model.register_forward_hook(lambda *hook: outputs.append(hook[2]))
+        try:
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+        finally:
+            handle.remove()
+        self._count(tasks, inputs, outputs[0].log_probs.detach())
+        return loss
+
+    def _count(self, tasks: Tensor, inputs: dict[str, Any], log_probs: Tensor) -> None:
+        answer = (inputs["labels"] != -100).sum(1)
+        for total, values in ((self.task_loss, -log_probs.sum(1)), (self.task_tokens, answer)):
+            total.index_add_(0, tasks.cpu(), values.to("cpu", torch.float64))
+        self.tokens += int(inputs["attention_mask"].sum())
+
+
+def prepare(recipe: Recipe, console: Console) -> Prepared:
+    """Read the corpus, load the base model and attach the adapter.
+
+    Raises CorpusError, BaseModelError or ValueError before anything is written.
+    """
+    corpus = load_corpus(recipe.data_path, recipe.holdout, recipe.seed)
+    tokenizer = load_tokenizer(recipe.model)
+    train = {}
+    for task, examples in corpus.train.items():
+        train[task], too_long = encode_all(examples, tokenizer, recipe.max_length)
+        if too_long:
+            console.print(f"[yellow]{task}: {len(too_long)} of {len(examples)} training rows have "
+                          f"more than max_length={recipe.max_length} tokens and are left out")
+    print_mixture(mixture_table(train, recipe.mixture), console)
+    set_seed(recipe.seed)
+    base = load_model(recipe.model, recipe.dtype, recipe.quantize)
+    if recipe.quantize is not None:
+        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    config = adapter_config(recipe, corpus.tasks)
+    branches = config.branches_of()
+    if branches.gate == "one_hot" and branches.count != len(corpus.tasks):
+        raise ValueError(
+            f"adapter.gate='one_hot' trains one branch for each of the {len(corpus.tasks)} tasks, "
+            f"but the adapter has {branches.count} branches; leave num_branches out"
+        )
+    if branches.needs_ids:
+        config.branch_selector = fit_selector(train, corpus.tasks)
+    model = get_peft_model(base, config, adapter_name=ADAPTER)
+    if torch.cuda.is_available() and recipe.quantize is None:
+        model.to("cuda")
+    return Prepared(recipe, corpus, tokenizer, model, train, branches.needs_ids)
+
+
+def adapter_config(recipe: Recipe, tasks: list[str]) -> Any:
+    """The recipe's adapter; a one-hot gate gets a branch for each task unless told otherwise."""
+    config = recipe.config(num_tasks=len(tasks))
+    per_task = config.branches_of().gate == "one_hot"
+    if per_task and config.num_branches is None and config.branch_ranks is None:
+        config = recipe.config(num_tasks=len(tasks), num_branches=len(tasks))
+    return config
+
+
+def fit_selector(train: dict[str, list[Encoded]], tasks: list[str]) -> BranchSelector:
+    """Learn from the training prompts which task a prompt belongs to."""
+    prompts = [item.input_ids[: item.prompt_length] for task in tasks for item in train[task]]
+    owners = [i for i, task in enumerate(tasks) for _ in train[task]]
+    return BranchSelector.fit(prompts, owners, tasks)
+
+
+def train(recipe: Recipe, console: Console | None = None) -> Path:
+    """Run a recipe and return its run folder, complete with adapter, scores and report data."""
+    console = console or Console(stderr=True)
+    refuse_used_folder(recipe.run)
+    prepared = prepare(recipe, console)
+    run = recipe.run
+    run.mkdir(parents=True, exist_ok=True)
+    recipe.save(run)
+    tasks, notes = held_out(prepared.corpus, prepared.tokenizer, recipe.max_length,
+                            recipe.evaluate.rows_per_task)
+    for note in notes:
+        console.print(f"[yellow]{note}")
+    started = time.perf_counter()
+    before, _ = evaluate(prepared, tasks, console, "before training", adapter=False)
+    evaluated = time.perf_counter() - started
+    started = time.perf_counter()
+    trainer, dead = fit(prepared, run, console)
+    trained = time.perf_counter() - started
+    prepared.model.save_pretrained(str(run))
+    started = time.perf_counter()
+    after, meter = evaluate(prepared, tasks, console, "after training", adapter=True)
+    evaluated += time.perf_counter() - started
+    write_scores(run, tasks, before, after)
+    routing = meter.result() if meter else None
+    if routing is not None:
+        write_routing(run, routing)
+    write_summary(
+        run, prepared.model, recipe, mixture_table(prepared.train, recipe.mixture),
+        steps=trainer.state.global_step, train_tokens=trainer.tokens, train_seconds=trained,
+        evaluate_seconds=evaluated, dead_gradients=dead,
+    )
+    write_card(run, recipe, prepared.corpus.tasks)
+    return run
+
+
+def refuse_used_folder(run: Path) -> None:
+    if run.exists() and any(run.iterdir()):
+        raise FileExistsError(f"the run folder {run} is not empty; choose another with "
+                              "output=FOLDER, or remove it")
+
+
+def evaluate(
+    prepared: Prepared, tasks: list[HeldOut], console: Console, when: str, adapter: bool
+) -> tuple[dict[str, Any], RoutingMeter | None]:
+    """Scores with or without the adapter; with it, also where its router sent the tokens."""
+    if not tasks:
+        return {}, None
+    recipe, model = prepared.recipe, prepared.model
+    model.eval()
+    meter = RoutingMeter(model, prepared.corpus.tasks) if adapter else None
+    off = nullcontext() if adapter else model.disable_adapter()
+    with console.status(f"scoring {sum(len(t.examples) for t in tasks)} held-out rows {when}"), off:
+        with autocast(recipe.train.precision, model.device):
+            scores = score_tasks(
+                model, prepared.tokenizer, tasks, prepared.corpus.tasks,
+                recipe.evaluate.batch_size, prepared.use_ids and adapter,
+                recipe.evaluate.generate, meter,
+            )
+    return scores, meter
+
+
+def fit(prepared: Prepared, run: Path, console: Console) -> tuple[RunTrainer, list[str]]:
+    """Train the adapter; returns the trainer and the names of tensors without a gradient."""
+    recipe = prepared.recipe
+    tasks = prepared.corpus.tasks
+    sizes = {task: len(prepared.train[task]) for task in tasks}
+    rows = dataset_rows((item for task in tasks for item in prepared.train[task]), tasks)
+    check = GradientCheck(ADAPTER, console)
+    metrics = MetricsFile(run / "metrics.jsonl", tasks)
+    trainer = RunTrainer(
+        prepared,
+        MixtureSampler(sizes, recipe.mixture, recipe.seed),
+        args=training_arguments(recipe, run, prepared.model.device),
+        train_dataset=Dataset.from_list(rows),
+        data_collator=Collator(int(prepared.tokenizer.pad_token_id), tasks),
+        callbacks=[metrics, check, ProgressBar(console)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    metrics.trainer = check.trainer = trainer
+    trainer.train()
+    return trainer, check.dead
+
+
+def training_arguments(recipe: Recipe, run: Path, device: torch.device) -> SFTConfig:
+    """The recipe in the trainer's own terms."""
+    train = recipe.train
+    precision = resolve_precision(train.precision, device)
+    return SFTConfig(
+        output_dir=str(run / "checkpoints"),
+        num_train_epochs=train.epochs,
+        max_steps=-1 if train.max_steps is None else train.max_steps,
+        per_device_train_batch_size=train.batch_size,
+        gradient_accumulation_steps=train.gradient_accumulation,
+        learning_rate=train.learning_rate,
+        lr_scheduler_type=train.schedule,
+        warmup_steps=train.warmup,
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        gradient_checkpointing=train.gradient_checkpointing,
+        logging_steps=train.log_every,
+        logging_first_step=True,
+        save_strategy="no" if train.checkpoint_every is None else "steps",
+        save_steps=train.checkpoint_every or 500,
+        save_total_limit=2,
+        seed=recipe.seed,
+        use_cpu=device.type == "cpu",
+        report_to="none",
+        disable_tqdm=True,
+        max_length=None,
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        dataloader_pin_memory=device.type == "cuda",
+    )
