@@ -67,8 +67,10 @@ DRAWS = {
     "legal_overruling": Draw(
         "legal_overruling", lambda row: len(row.prompt) <= 400, lambda row: row.output
     ),
-    "nli_mnli": Draw("nli_mnli", lambda row: len(row.prompt) <= 300, lambda row: row.output),
-    "qa_obqa": Draw("qa_obqa", lambda row: len(row.prompt) <= 300, lambda row: row.output[0]),
+    "sentence_commongen": Draw(
+        "d2t_commongen", lambda row: len(row.output) <= 80, lambda _: ""
+    ),
+    "trivia_webq": Draw("closedbook_webq", lambda row: len(row.output) <= 40, lambda _: ""),
 }
 
 

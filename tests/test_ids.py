@@ -1,4 +1,4 @@
-"""Branch ids: which branch or task each example or token belongs to, and that nothing mixes it up."""
+"""Branch ids: which branch or task each example or token belongs to, with nothing mixed up."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from tiny import VOCAB, attach, tiny_llama
 from torch import Tensor, nn
 
 import manylora
 from manylora.adapter.ids import BranchState
 from manylora.adapter.layer import ManyLoraLayer
+from tiny import VOCAB, attach, tiny_llama
 
 X = torch.randint(3, VOCAB, (4, 7), generator=torch.Generator().manual_seed(0))
 IDS = torch.tensor([2, 0, -1, 1])
@@ -123,8 +123,11 @@ def test_ids_change_nothing_for_methods_that_do_not_choose_by_id() -> None:
 
 
 @pytest.mark.parametrize("config", KINDS, ids=name_of)
-@pytest.mark.parametrize("search", [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}],
-                         ids=["greedy", "beams", "beams-return"])
+@pytest.mark.parametrize(
+    "search",
+    [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}],
+    ids=["greedy", "beams", "beams-return"],
+)
 def test_generate_with_ids_equals_generating_one_by_one(
     config: dict[str, Any], search: dict[str, int]
 ) -> None:

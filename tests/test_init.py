@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -11,9 +10,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
-import manylora
 from manylora.methods import GATES, METHODS
-from tiny import OneLayer, adapter_tensors, attach, base_layer, tiny_llama
+from tiny import OneLayer, adapter_tensors, attach, base_layer, ids_of, tiny_llama
 
 IN, OUT, R, N = 13, 17, 3, 4
 WIDE_IN, WIDE_OUT = 400, 300
@@ -25,11 +23,6 @@ def one_layer(n_in: int = IN, n_out: int = OUT, **config: Any) -> PeftModel:
     if fields["method"] != "lora" and "branch_ranks" not in fields:
         fields.setdefault("num_branches", N)
     return attach(OneLayer(base_layer("linear", n_in, n_out)), target_modules=["linear"], **fields)
-
-
-def ids_of(model: PeftModel, ids: int | list[int]) -> AbstractContextManager[None]:
-    needed = model.peft_config["default"].branches_of().needs_ids
-    return manylora.branch_ids(model, ids) if needed else nullcontext()
 
 
 def x_of(*shape: int) -> Tensor:
@@ -88,7 +81,8 @@ def test_the_router_is_never_zero(method: str) -> None:
     for seen, width in (("x", WIDE_IN), ("Ax", R if method == "hydralora" else N * R)):
         t = adapter_tensors(one_layer(WIDE_IN, WIDE_OUT, method=method, router_input=seen))
         assert t["router"].shape == (N, width)
-        assert t["router"].all() and len(t["router"].unique(dim=0)) == N
+        assert t["router"].all()
+        assert len(t["router"].unique(dim=0)) == N
         assert t["router"].abs().max() <= 1 / math.sqrt(width) * (1 + 1e-6)
     assert_uniform(adapter_tensors(one_layer(WIDE_IN, WIDE_OUT, method=method))["router"],
                    1 / math.sqrt(WIDE_IN))
@@ -97,7 +91,8 @@ def test_the_router_is_never_zero(method: str) -> None:
 def test_the_learned_gate_differs_between_branches() -> None:
     gate = adapter_tensors(one_layer(method="hydralora", gate="task", num_tasks=3))["gate"]
     assert gate.shape == (3, N)
-    assert gate.all() and gate.unique().numel() == 3 * N
+    assert gate.all()
+    assert gate.unique().numel() == 3 * N
 
 
 def test_normal_option_is_molora_s() -> None:
@@ -117,7 +112,8 @@ def first_gradients(model: PeftModel) -> dict[str, Tensor]:
 @pytest.mark.parametrize("method", ["hydralora", "lora_moe"])
 def test_at_the_start_only_b_gets_a_gradient_when_routed(method: str) -> None:
     g = first_gradients(one_layer(method=method))
-    assert not g["A"].any() and not g["router"].any()
+    assert not g["A"].any()
+    assert not g["router"].any()
     blocks = g["B"].split(R, 1)
     assert all(block.any() for block in blocks)
     assert not torch.equal(blocks[0], blocks[1])
@@ -125,7 +121,8 @@ def test_at_the_start_only_b_gets_a_gradient_when_routed(method: str) -> None:
 
 def test_at_the_start_only_c_gets_a_gradient_in_multilora() -> None:
     g = first_gradients(one_layer(method="multilora"))
-    assert not g["A"].any() and not g["B"].any()
+    assert not g["A"].any()
+    assert not g["B"].any()
     assert (g["scale"] != 0).all()
 
 

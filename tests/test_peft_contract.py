@@ -12,11 +12,11 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
 from safetensors.torch import load_file
-from tiny import VOCAB, attach, tiny_llama
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import manylora
+from tiny import VOCAB, attach, tiny_llama
 
 METHODS = ["hydralora", "multilora", "branch_per_cluster"]
 IDS = torch.tensor([0, 1, 2])
@@ -140,7 +140,8 @@ def test_the_folder_holds_safetensors_with_the_fixed_names_and_shapes(
     } == {f"manylora_{part}.weight": shape for part, shape in SHAPES[method].items()}
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     parts = tuple(f"manylora_{part}.default.weight" for part in SHAPES[method])
-    assert len(trainable) == len(saved) and all(name.endswith(parts) for name in trainable)
+    assert len(trainable) == len(saved)
+    assert all(name.endswith(parts) for name in trainable)
 
 
 @pytest.mark.parametrize("config_type", [manylora.HydraLoraConfig, manylora.MultiLoraConfig])
@@ -177,7 +178,8 @@ def test_adapters_are_added_switched_summed_disabled_and_deleted(second: str) ->
     second_only = logits(model)
     assert not torch.equal(second_only, first_only)
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert trainable and all(".second." in name for name in trainable)
+    assert trainable
+    assert all(".second." in name for name in trainable)
     with model.disable_adapter():
         assert torch.equal(logits(model), base)
     assert torch.equal(logits(model), second_only)
@@ -210,12 +212,14 @@ def test_status_print_and_parameter_counts_work(capsys: pytest.CaptureFixture[st
     status = model.get_model_status()
     assert (status.peft_types, status.enabled, status.active_adapters) == (
         {"default": "MANYLORA"}, True, ["default"])
-    assert status.num_adapter_layers == 2 and not status.merged_adapters
+    assert status.num_adapter_layers == 2
+    assert not status.merged_adapters
     assert model.get_layer_status()[0].name == "model.model.layers.0.self_attn.q_proj"
     assert status.trainable_params == 2 * (8 * 32 + 32 * 24 + 3 * 32)
     model.print_trainable_parameters()
     assert "trainable params: 2,240" in capsys.readouterr().out
-    assert "manylora.ManyLoraLinear" in repr(model) and "Factor(8, 32)" in repr(model)
+    assert "manylora.ManyLoraLinear" in repr(model)
+    assert "Factor(8, 32)" in repr(model)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from tiny import VOCAB, attach, tiny_llama
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import manylora
 from manylora.adapter.layer import ManyLoraLayer
+from tiny import VOCAB, attach, tiny_llama
 
 X = torch.randint(3, VOCAB, (3, 7), generator=torch.Generator().manual_seed(0))
 MERGEABLE: list[dict[str, Any]] = [
@@ -100,7 +100,8 @@ def test_a_half_precision_base_is_restored_bit_for_bit() -> None:
                 + layer.get_delta_weight("default")).bfloat16()
     assert torch.equal(layer.base_layer.weight, expected)
     model.unmerge_adapter()
-    assert unchanged(model, before) and torch.equal(logits(model), unmerged)
+    assert unchanged(model, before)
+    assert torch.equal(logits(model), unmerged)
 
 
 def test_two_adapters_merge_together_or_one_after_the_other_and_come_off() -> None:
@@ -120,7 +121,8 @@ def test_two_adapters_merge_together_or_one_after_the_other_and_come_off() -> No
         model.delete_adapter("second")
     assert model.get_model_status().merged_adapters == ["default", "second"]
     model.unmerge_adapter()
-    assert unchanged(model, before) and torch.equal(logits(model), both)
+    assert unchanged(model, before)
+    assert torch.equal(logits(model), both)
 
 
 def test_disabling_a_merged_adapter_takes_it_off() -> None:
@@ -144,7 +146,8 @@ def test_merging_refuses_before_any_layer_is_touched_and_names_what_to_do(
     for merge in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(ValueError, match=f"adapter 'mixed' .*{instead}"):
             merge()
-        assert unchanged(model, before) and not model.get_model_status().merged_adapters
+        assert unchanged(model, before)
+        assert not model.get_model_status().merged_adapters
     with pytest.raises(ValueError, match="adapter 'mixed' "):
         model.base_model.model.model.layers[0].mlp.down_proj.get_delta_weight("mixed")
     plain = model.unload()
@@ -176,9 +179,10 @@ def test_a_safe_merge_refuses_broken_weights_and_changes_nothing_in_that_layer()
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     with torch.no_grad():
         layer.manylora_A["default"].weight[0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj: NaNs detected in the merged"):
+    with pytest.raises(ValueError, match=r"layers\.0\..*q_proj: NaNs detected in the"):
         model.merge_adapter(safe_merge=True)
-    assert unchanged(model, before) and not layer.merged
+    assert unchanged(model, before)
+    assert not layer.merged
 
 
 def test_pefts_own_conversion_to_lora_is_offered_only_where_it_is_exact() -> None:

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from peft import NoMatchingPeftModuleError, PeftModel
-from tiny import VOCAB, attach, tiny_llama
 from torch import nn
 
 import manylora
 from manylora.adapter.layer import ManyLoraLayer
+from tiny import VOCAB, attach, tiny_llama
 
 X = torch.randint(3, VOCAB, (3, 7), generator=torch.Generator().manual_seed(0))
 
@@ -179,8 +179,8 @@ def test_a_layer_that_cannot_be_adapted_is_named_with_what_to_do(name: str, kind
     [
         ({"bias": "lora_only"}, r"unknown bias='lora_only'; it is one of"),
         ({"lora_dropout": 1.0}, r"lora_dropout=1.0 must be in \[0, 1\)"),
-        ({"layers_pattern": "layers"}, "layers_pattern needs layers_to_transform"),
-        ({"target_modules": "q.*", "layers_to_transform": [0]}, "layers_to_transform cannot be"),
+        ({"layers_pattern": "layers"}, "layers_pattern='layers' needs layers_to_transform"),
+        ({"target_modules": "q.*", "layers_to_transform": [0]}, r"layers_to_transform=\[0\] cannot be"),
         ({"rank_pattern": {"q": 2}, "branch_ranks": [1, 2], "method": "lora_split"}, "both set"),
         ({"method": "multilora", "balance_loss": "switch"}, "has no router"),
         ({"method": "hydra"}, "unknown method='hydra'; known methods: lora, "),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ import pytest
 import torch
 from peft import PeftConfig, PeftModel
 from safetensors import safe_open
-from tiny import VOCAB, attach, tiny_llama
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -17,6 +17,7 @@ import manylora
 from manylora.adapter.ids import BranchState
 from manylora.adapter.layer import ManyLoraLayer
 from manylora.adapter.selector import BranchSelector
+from tiny import VOCAB, attach, tiny_llama
 
 NAMES = ["law", "medicine", "code"]
 RANGES = [(4, 14), (14, 24), (24, 34)]  # each branch's prompts have their own tokens
@@ -123,7 +124,7 @@ def test_the_automodel_path_cannot_carry_a_selector_and_says_so(tmp_path: Path) 
     model = attach(base, method="branch_per_cluster", task_type="CAUSAL_LM")
     model.peft_config["default"].branch_selector = fitted()
     model.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match="load it with PeftModel.from_pretrained"):
+    with pytest.raises(ValueError, match=r"load it with PeftModel.from_pretrained"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
 
 
@@ -155,26 +156,21 @@ def test_forward_chooses_from_the_prompt_which_labels_mark() -> None:
 
 
 def test_training_under_checkpointing_uses_the_selected_branches() -> None:
-    def gradients(checkpointing: bool, explicit: bool) -> list[Tensor]:
+    def gradients(selected: bool) -> list[Tensor]:
         model = adapted().train()
-        if checkpointing:
+        if selected:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        if explicit:
-            with manylora.branch_ids(model, IDS):
-                loss = model(input_ids=PROMPTS, labels=PROMPTS).loss
-        else:
-            labels = PROMPTS.clone()
-            labels[:, 0] = -100
-            with pytest.raises(ValueError, match="prompt is empty"):
-                model(input_ids=PROMPTS, labels=PROMPTS)
-            loss = model.base_model(input_ids=PROMPTS).logits
-            loss = model.base_model.model.loss_function(loss, PROMPTS, vocab_size=VOCAB)
-        loss.backward()
+        losses = []
+        for rows in (slice(0, 2), slice(2, 4)):  # two forwards before the first backward
+            ids = contextlib.nullcontext() if selected else manylora.branch_ids(model, IDS[rows])
+            with ids:
+                losses.append(model(input_ids=PROMPTS[rows]).logits.logsumexp(-1).sum())
+        for loss in losses:
+            loss.backward()
         return [p.grad for p in model.parameters() if p.grad is not None]
 
-    expected = gradients(False, True)
-    for one, other in zip(gradients(True, False), expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-7)
+    for one, other in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +218,6 @@ def test_explicit_ids_win() -> None:
     with manylora.branch_ids(model, 1):
         explicit = logits(model)
         explicit_text = model.generate(input_ids=PROMPTS, **OPTIONS)
-    del model.peft_config["default"].branch_selector
     model.peft_config["default"].branch_selector = None
     with manylora.branch_ids(model, 1):
         assert torch.equal(logits(model), explicit)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
 import manylora
@@ -83,3 +87,55 @@ def adapter_tensors(model: nn.Module, adapter: str = "default") -> dict[str, Ten
         if part:
             found[part[1]] = tensor
     return found
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def save_tiny_model(folder: Path, **overrides: Any) -> Path:
+    """A model folder that loads offline: a tiny Llama, and a tokenizer with a token for each byte."""
+    specials = ["<|end|>", "<|user|>", "<|assistant|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate([*specials, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|end|>",
+        pad_token="<|end|>",
+        additional_special_tokens=specials[1:],
+        chat_template=CHAT_TEMPLATE,
+    )
+    fast.save_pretrained(folder)
+    size = {"vocab_size": len(vocab), "max_position_embeddings": 512, "eos_token_id": 0}
+    fields = {"pad_token_id": 0, "bos_token_id": None, "attn_implementation": "sdpa"}
+    tiny_llama(**size | fields | overrides).save_pretrained(folder)
+    return folder
+
+
+def write_tasks(folder: Path, rows: int = 12) -> Path:
+    """Three tasks that a tiny model learns: a closed set, another one, and free text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tasks = {
+        "colour": lambda i: (f"sky {i}" if i % 2 else f"grass {i}", "blue" if i % 2 else "green"),
+        "copy": lambda i: (f"word{i}", f"word{i}"),
+        "parity": lambda i: (str(i), "odd" if i % 2 else "even"),
+    }
+    for name, make in tasks.items():
+        lines = []
+        for i in range(rows):
+            question, answer = make(i)
+            row = {"instruction": f"{name}?", "input": question, "output": answer}
+            lines.append(json.dumps(row) + "\n")
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+def ids_of(model: PeftModel, ids: int | list[int]) -> AbstractContextManager[None]:
+    """branch_ids where the adapter's method needs them, else nothing."""
+    needed = model.peft_config["default"].branches_of().needs_ids
+    return manylora.branch_ids(model, ids) if needed else nullcontext()

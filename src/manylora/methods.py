@@ -143,11 +143,11 @@ def resolve(
         raise ValueError(f"unknown router_input={router_input!r}; it is 'x' or 'Ax'")
     if method == "lora" and (share_A or share_B or gate != "ones"):
         raise ValueError(
-            "method='lora' has one branch that is always on, so gate, share_A and share_B do not "
-            "apply; method='lora_split' is the same layer with several branches"
+            f"method='lora' has one branch that is always on, so gate={gate!r}, share_A={share_A}, "
+            f"share_B={share_B} do not apply; leave them out, or use method='lora_split'"
         )
     if share_A and share_B:
-        raise ValueError("share_A and share_B are both set: the branches would not differ at all")
+        raise ValueError("share_A=True and share_B=True: the branches would not differ at all")
     if (share_A or share_B) and len(set(ranks)) > 1:
         raise ValueError(
             f"branch_ranks={list(ranks)} differ, but method={method!r} shares "
@@ -156,7 +156,9 @@ def resolve(
             "multilora, lora_moe, branch_per_cluster)"
         )
     if share_B and row.scaled:
-        raise ValueError(f"method={method!r} scales each branch's B, so share_B does not apply")
+        raise ValueError(
+            f"method={method!r} scales each branch's B, so share_B=True does not apply"
+        )
     if shared_rank < 0:
         raise ValueError(f"shared_rank={shared_rank} is negative; 0 means no shared branch")
     if gate == "task" and (num_tasks is None or num_tasks < 1):
@@ -179,8 +181,10 @@ def _ranks(
             raise ValueError(f"num_branches={count} must be at least 1")
         branch_ranks = [r] * count
     elif num_branches is not None and num_branches != len(branch_ranks):
-        raise ValueError(f"num_branches={num_branches}, but branch_ranks={branch_ranks} names "
-                         f"{len(branch_ranks)} branches; leave num_branches out")
+        raise ValueError(
+            f"num_branches={num_branches}, but branch_ranks={branch_ranks} names "
+            f"{len(branch_ranks)} branches; leave num_branches out"
+        )
     elif not branch_ranks or (method == "lora" and len(branch_ranks) != 1):
         raise ValueError(f"branch_ranks={branch_ranks} does not fit method={method!r}")
     if any(rank < 1 for rank in branch_ranks) or r < 1:
@@ -209,7 +213,9 @@ def rank_for_budget(
         return count_parameters(resolve(method, r=r, **fields), sizes)  # type: ignore[arg-type]
 
     if fields.get("branch_ranks") is not None:
-        raise ValueError("branch_ranks fixes the ranks, so there is none to solve for; leave it out")
+        raise ValueError(
+            "branch_ranks fixes the ranks, so there is none to solve for; leave it out"
+        )
     # The cost is linear in r, so two values give the answer without a search.
     first, step = cost(1), cost(2) - cost(1)
     if first > budget:

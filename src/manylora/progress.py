@@ -1,4 +1,4 @@
-"""What a training run tells while it runs: a bar with the time left, metrics.jsonl, dead gradients."""
+"""What a training run tells while it runs: the time left, metrics.jsonl, dead gradients."""
 
 from __future__ import annotations
 
@@ -61,30 +61,33 @@ class GradientCheck(TrainerCallback):  # type: ignore[misc]
     """Has every branch and router got a gradient? Names those without, in the first steps.
 
     Warm-up may leave the weights where they are at the first step, so the third is the first in
-    which every tensor can be reached.
+    which every tensor can be reached. Branches chosen by task are checked in the steps that have
+    an example of theirs.
     """
 
     STEPS = 3
-
     trainer: Any
 
     def __init__(self, adapter: str, console: Console) -> None:
         self.adapter, self.console = adapter, console
         self.dead: list[str] = []
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.step_ids.clear()
+
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
     ) -> None:
-        step = state.global_step + 1
-        if step > self.STEPS:
+        if state.global_step >= self.STEPS:
             return
-        found = dead_gradients(model, self.adapter, self.trainer.seen_ids)
+        found = dead_gradients(model, self.adapter, self.trainer.step_ids)
         self.dead += [name for name in found if name not in self.dead]
         if found:
             more = f" and {len(found) - 5} more" if len(found) > 5 else ""
             self.console.print(
-                f"[bold yellow]step {step}: no gradient in {', '.join(found[:5])}{more}; these do "
-                "not learn. Is the layer used by the model, and is the loss finite?"
+                f"[bold yellow]step {state.global_step + 1}: no gradient in "
+                f"{', '.join(found[:5])}{more}; these do not learn. Is the layer used by the model, "
+                "and is the loss finite?"
             )
 
 
@@ -93,8 +96,12 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, console: Console) -> None:
         self.bar = Progress(
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-            TextColumn("{task.fields[loss]}"), console=console,
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[loss]}"),
+            console=console,
         )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

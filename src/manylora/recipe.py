@@ -29,8 +29,14 @@ RECIPE_FILE = "recipe.yaml"
 BUNDLED = "samples"
 
 # What a run decides itself, or what only a caller in Python can use.
-_NOT_IN_A_RECIPE = {"init_weights", "selector", "format_version", "num_tasks", "bias",
-                    "trainable_token_indices"}
+_NOT_IN_A_RECIPE = {
+    "init_weights",
+    "selector",
+    "format_version",
+    "num_tasks",
+    "bias",
+    "trainable_token_indices",
+}
 
 
 class RecipeError(ValueError):
@@ -45,8 +51,10 @@ def _adapter_fields() -> dict[str, Any]:
     hints = typing.get_type_hints(ManyLoraConfig)
     own = typing.get_type_hints(ManyLoraConfig.__mro__[1])
     return {
-        f.name: (hints[f.name], f.default if f.default is not MISSING
-                 else Field(default_factory=f.default_factory))  # type: ignore[arg-type]
+        f.name: (
+            hints[f.name],
+            f.default if f.default is not MISSING else Field(default_factory=f.default_factory),
+        )  # type: ignore[arg-type]
         for f in fields(ManyLoraConfig)
         if f.name not in own and f.name not in _NOT_IN_A_RECIPE
     }
@@ -183,11 +191,16 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "missing":
         return f"{where!r} is missing" + (
             ": the folder of your task files, or `samples` for the bundled ones"
-            if where == "data" else "")
+            if where == "data"
+            else ""
+        )
     message = problem["msg"].removeprefix("Value error, ")
     given = f" (got {problem['input']!r})" if where else ""
     return f"{where + ': ' if where else ''}{message}{given}"
 
 
-GROUPS: dict[Any, Any] = {"adapter": AdapterRecipe, "train": TrainRecipe,
-                          "evaluate": EvaluateRecipe}
+GROUPS: dict[Any, Any] = {
+    "adapter": AdapterRecipe,
+    "train": TrainRecipe,
+    "evaluate": EvaluateRecipe,
+}

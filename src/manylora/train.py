@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,9 +37,8 @@ from manylora.corpus import (
     sample_order,
 )
 from manylora.corpus.encode import dataset_rows
-from manylora.evaluate.scores import HeldOut, held_out, score_tasks, write_scores
-from manylora.inspect.routing import RoutingMeter, write_routing
-from manylora.precision import autocast, resolve_precision
+from manylora.evaluate.held_out import Scorer
+from manylora.precision import resolve_precision
 from manylora.progress import GradientCheck, MetricsFile, ProgressBar
 from manylora.recipe import Recipe
 from manylora.run import write_card, write_summary
@@ -86,7 +84,7 @@ class RunTrainer(ManyLoraTrainerMixin, SFTTrainer):  # type: ignore[misc]
         self.sampler = sampler
         self.use_ids = prepared.use_ids
         self.tasks = prepared.corpus.tasks
-        self.seen_ids: set[int] = set()
+        self.step_ids: set[int] = set()
         self.task_loss = torch.zeros(len(self.tasks), dtype=torch.float64)
         self.task_tokens = torch.zeros(len(self.tasks), dtype=torch.float64)
         self.tokens = 0
@@ -99,9 +97,7 @@ class RunTrainer(ManyLoraTrainerMixin, SFTTrainer):  # type: ignore[misc]
         tasks: Tensor = inputs.pop("task_ids")
         if self.use_ids:
             inputs["branch_ids"] = tasks
-        # The set tells the gradient check which branches have had an example.
-        if self.state.global_step < GradientCheck.STEPS:
-            self.seen_ids.update(tasks.tolist())
+        self.step_ids.update(tasks.tolist())
         outputs: list[Any] = []
         handle = self.model.register_forward_hook(lambda *hook: outputs.append(hook[2]))
         try:
@@ -129,8 +125,10 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
     for task, examples in corpus.train.items():
         train[task], too_long = encode_all(examples, tokenizer, recipe.max_length)
         if too_long:
-            console.print(f"[yellow]{task}: {len(too_long)} of {len(examples)} training rows have "
-                          f"more than max_length={recipe.max_length} tokens and are left out")
+            console.print(
+                f"[yellow]{task}: {len(too_long)} of {len(examples)} training rows have "
+                f"more than max_length={recipe.max_length} tokens and are left out"
+            )
     print_mixture(mixture_table(train, recipe.mixture), console)
     set_seed(recipe.seed)
     base = load_model(recipe.model, recipe.dtype, recipe.quantize)
@@ -175,28 +173,25 @@ def train(recipe: Recipe, console: Console | None = None) -> Path:
     run = recipe.run
     run.mkdir(parents=True, exist_ok=True)
     recipe.save(run)
-    tasks, notes = held_out(prepared.corpus, prepared.tokenizer, recipe.max_length,
-                            recipe.evaluate.rows_per_task)
-    for note in notes:
-        console.print(f"[yellow]{note}")
-    started = time.perf_counter()
-    before, _ = evaluate(prepared, tasks, console, "before training", adapter=False)
-    evaluated = time.perf_counter() - started
-    started = time.perf_counter()
+    scorer = Scorer(recipe, prepared.corpus, prepared.tokenizer, console)
+    clock = [time.perf_counter()]
+    before = scorer.base(prepared.model)
+    clock.append(time.perf_counter())
     trainer, dead = fit(prepared, run, console)
-    trained = time.perf_counter() - started
+    clock.append(time.perf_counter())
     prepared.model.save_pretrained(str(run))
-    started = time.perf_counter()
-    after, meter = evaluate(prepared, tasks, console, "after training", adapter=True)
-    evaluated += time.perf_counter() - started
-    write_scores(run, tasks, before, after)
-    routing = meter.result() if meter else None
-    if routing is not None:
-        write_routing(run, routing)
+    scorer.write(run, before, *scorer.adapter(prepared.model))
+    clock.append(time.perf_counter())
     write_summary(
-        run, prepared.model, recipe, mixture_table(prepared.train, recipe.mixture),
-        steps=trainer.state.global_step, train_tokens=trainer.tokens, train_seconds=trained,
-        evaluate_seconds=evaluated, dead_gradients=dead,
+        run,
+        prepared.model,
+        recipe,
+        mixture_table(prepared.train, recipe.mixture),
+        steps=trainer.state.global_step,
+        train_tokens=trainer.tokens,
+        train_seconds=clock[2] - clock[1],
+        evaluate_seconds=clock[1] - clock[0] + clock[3] - clock[2],
+        dead_gradients=dead,
     )
     write_card(run, recipe, prepared.corpus.tasks)
     return run
@@ -204,28 +199,9 @@ def train(recipe: Recipe, console: Console | None = None) -> Path:
 
 def refuse_used_folder(run: Path) -> None:
     if run.exists() and any(run.iterdir()):
-        raise FileExistsError(f"the run folder {run} is not empty; choose another with "
-                              "output=FOLDER, or remove it")
-
-
-def evaluate(
-    prepared: Prepared, tasks: list[HeldOut], console: Console, when: str, adapter: bool
-) -> tuple[dict[str, Any], RoutingMeter | None]:
-    """Scores with or without the adapter; with it, also where its router sent the tokens."""
-    if not tasks:
-        return {}, None
-    recipe, model = prepared.recipe, prepared.model
-    model.eval()
-    meter = RoutingMeter(model, prepared.corpus.tasks) if adapter else None
-    off = nullcontext() if adapter else model.disable_adapter()
-    with console.status(f"scoring {sum(len(t.examples) for t in tasks)} held-out rows {when}"), off:
-        with autocast(recipe.train.precision, model.device):
-            scores = score_tasks(
-                model, prepared.tokenizer, tasks, prepared.corpus.tasks,
-                recipe.evaluate.batch_size, prepared.use_ids and adapter,
-                recipe.evaluate.generate, meter,
-            )
-    return scores, meter
+        raise FileExistsError(
+            f"the run folder {run} is not empty; choose another with output=FOLDER, or remove it"
+        )
 
 
 def fit(prepared: Prepared, run: Path, console: Console) -> tuple[RunTrainer, list[str]]:

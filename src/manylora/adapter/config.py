@@ -92,7 +92,7 @@ class ManyLoraConfig(PeftConfig):
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = ManyLoraPeftType.MANYLORA
         self.branch_selector: BranchSelector | None = None
         if self.format_version > FORMAT_VERSION:
@@ -101,9 +101,9 @@ class ManyLoraConfig(PeftConfig):
                 f"{FORMAT_VERSION} that this manylora reads; update it: pip install -U manylora"
             )
         if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
         self._check()
 
     def _check(self) -> None:
@@ -123,13 +123,24 @@ class ManyLoraConfig(PeftConfig):
                 f"method={self.method!r} with gate={branches.gate!r} has no router"
             )
         if self.branch_ranks is not None and self.rank_pattern:
-            raise ValueError("branch_ranks and rank_pattern both set the ranks; give one of them")
+            raise ValueError(
+                f"branch_ranks={self.branch_ranks} and rank_pattern="
+                f"{self.rank_pattern} both set the ranks; give one of them"
+            )
+        if any(rank < 1 for rank in self.rank_pattern.values()):
+            raise ValueError(f"rank_pattern={self.rank_pattern}: ranks must be at least 1")
         if self.layers_pattern is not None and self.layers_to_transform is None:
-            raise ValueError("layers_pattern needs layers_to_transform, as in LoraConfig")
+            raise ValueError(
+                f"layers_pattern={self.layers_pattern!r} needs layers_to_transform, "
+                "as in LoraConfig"
+            )
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
-                    raise ValueError(f"{name} cannot be used when target_modules is a regex string")
+                    raise ValueError(
+                        f"{name}={getattr(self, name)!r} cannot be used when "
+                        f"target_modules={self.target_modules!r} is a regex string"
+                    )
 
     def _structure(self, r: int) -> dict[str, Any]:
         return {
@@ -150,7 +161,7 @@ class ManyLoraConfig(PeftConfig):
 
     def scalings_of(self, layer: str = "") -> tuple[float, float]:
         """(s, s0) of the layer of that name, alpha_pattern and rsLoRA applied."""
-        key = get_pattern_key(self.alpha_pattern.keys(), layer)
+        key = get_pattern_key(list(self.alpha_pattern), layer)
         alpha = self.alpha_pattern.get(key, self.lora_alpha)
         power = 0.5 if self.use_rslora else 1.0
         s = alpha / self._rank(layer) ** power
@@ -158,7 +169,7 @@ class ManyLoraConfig(PeftConfig):
         return s, s0
 
     def _rank(self, layer: str) -> int:
-        return self.rank_pattern.get(get_pattern_key(self.rank_pattern.keys(), layer), self.r)
+        return self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), layer), self.r)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json and, where there is one, the branch selector beside it."""
@@ -168,10 +179,13 @@ class ManyLoraConfig(PeftConfig):
             self.branch_selector.save(Path(save_directory) / SELECTOR_FILE)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> ManyLoraConfig:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> ManyLoraConfig:
         """Read the configuration and, where the adapter needs it, its branch selector."""
-        subfolder = kwargs.get("subfolder")
-        config: ManyLoraConfig = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        config: ManyLoraConfig = super().from_pretrained(
+            pretrained_model_name_or_path, subfolder=subfolder, **kwargs
+        )
         if config.selector:
             config.branch_selector = BranchSelector.load_beside(
                 pretrained_model_name_or_path, subfolder, kwargs.get("revision")

@@ -175,8 +175,12 @@ def spread(ids: Tensor, lead: torch.Size) -> Tensor:
     hint = "; pass ids of shape (batch, tokens), because this layer sees flattened tokens"
     if len(lead) > 1:
         repeats, rest = divmod(lead[0], ids.shape[0])
-        hint = (f"; beam search and several returned sequences repeat each prompt: pass "
-                f"ids.repeat_interleave({repeats})" if rest == 0 and repeats > 1 else "")
+        hint = (
+            f"; beam search and several returned sequences repeat each prompt: pass "
+            f"ids.repeat_interleave({repeats})"
+            if rest == 0 and repeats > 1
+            else ""
+        )
     raise ValueError(
         f"branch_ids: ids of shape {tuple(ids.shape)} do not fit a layer input whose leading "
         f"dimensions are {tuple(lead)}{hint}"

@@ -1,4 +1,4 @@
-"""How each tensor starts. Every method's output equals the base model's at step 0.
+"""How each tensor is held, and how it starts: every method equals the base model at step 0.
 
 A and router: Kaiming-uniform, a = sqrt(5), so U(-1/sqrt(in), 1/sqrt(in)), as LoRA and HydraLoRA's
 code; normal with std 0.02 as in MoLoRA on request. B: zero; for MultiLoRA Kaiming-uniform for each
@@ -16,6 +16,20 @@ from torch import Tensor, nn
 
 from manylora.adapter.config import ManyLoraConfig
 from manylora.methods import METHODS, Branches
+
+
+class Factor(nn.Module):
+    """A leaf that holds one tensor; calling it returns it, so that ZeRO-3 gathers it in time."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, columns))
+
+    def forward(self) -> Tensor:
+        return self.weight
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, {self.weight.shape[1]}"
 
 
 @torch.no_grad()

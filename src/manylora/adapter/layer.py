@@ -2,16 +2,16 @@
 
     y = W x + s * B [ g(x) (x) A x ] + s0 * B0 A0 x
 
-Each tensor is the `.weight` of a leaf module of its own, `manylora_A.NAME.weight` and so on (shapes:
-`Branches.shapes`); what a method does not have is absent. `get_delta_weight` is the one source of
-an adapter's weight update: merge, export and inspection call it.
+Each tensor is the `.weight` of a leaf module of its own, `manylora_A.NAME.weight` and so on
+(shapes: `Branches.shapes`); what a method does not have is absent. `get_delta_weight` is the one
+source of an adapter's weight update: merge, export and inspection call it.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
@@ -22,24 +22,17 @@ from transformers.pytorch_utils import Conv1D
 
 from manylora.adapter.config import ManyLoraConfig
 from manylora.adapter.ids import BranchState, spread
-from manylora.adapter.init import initialize
+from manylora.adapter.init import Factor, initialize
 from manylora.adapter.ops import branch_update, fold_scale
-from manylora.adapter.router import balance_loss, id_weights, router_weights, softmax
+from manylora.adapter.router import (
+    balance_loss,
+    id_weights,
+    in_backward,
+    itself,
+    router_weights,
+    softmax,
+)
 from manylora.methods import Branches
-
-
-class Factor(nn.Module):
-    """A leaf that holds one tensor; calling it returns it, so that ZeRO-3 gathers it in time."""
-
-    def __init__(self, rows: int, columns: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(rows, columns))
-
-    def forward(self) -> Tensor:
-        return self.weight
-
-    def extra_repr(self) -> str:
-        return f"{self.weight.shape[0]}, {self.weight.shape[1]}"
 
 
 class ManyLoraLayer(nn.Module, BaseTunerLayer):
@@ -54,6 +47,7 @@ class ManyLoraLayer(nn.Module, BaseTunerLayer):
         "manylora_shared_A",
         "manylora_shared_B",
     )
+    manylora_A: nn.ModuleDict
     other_param_names = ("branches", "configs", "scaling", "shared_scaling", "routing_loss")
 
     def __init__(self, base_layer: nn.Module, name: str, state: BranchState, **kwargs: Any) -> None:
@@ -76,7 +70,8 @@ class ManyLoraLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._unmerged: Any = None
         self.cast_input_dtype_enabled = True
-        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        sizes = _get_in_out_features(self.get_base_layer())
+        self.in_features, self.out_features = cast(tuple[int, int], sizes)
 
     def update_layer(
         self, adapter: str, config: ManyLoraConfig, inference_mode: bool = False
@@ -103,8 +98,8 @@ class ManyLoraLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
-        y = self.base_layer(x, *args, **kwargs)
+            return cast(Tensor, self.base_layer(x, *args, **kwargs))
+        y: Tensor = self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
             return self._mixed_batch(y, x, adapter_names)
         if self.merged:
@@ -119,11 +114,15 @@ class ManyLoraLayer(nn.Module, BaseTunerLayer):
 
     def _mixed_batch(self, y: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
         if self.merged:
-            raise ValueError("Cannot pass `adapter_names` when there are merged adapters, please "
-                             "call `unmerge_adapter` first.")
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please "
+                "call `unmerge_adapter` first."
+            )
         if len(adapter_names) != len(x):
-            raise ValueError("Length of `adapter_names` should be the same as the number of "
-                             f"inputs, but got {len(adapter_names)} and {len(x)} ({self.name})")
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of "
+                f"inputs, but got {len(adapter_names)} and {len(x)} ({self.name})"
+            )
         ids, y = self.state.ids_for(x), y.clone()
         if ids is not None:
             spread(ids, x.shape[:-1])  # raises where they do not fit
@@ -159,9 +158,9 @@ class ManyLoraLayer(nn.Module, BaseTunerLayer):
             return self._constant_weights(branches, x)
         seen = x if branches.router_input == "x" else F.linear(x, t["A"])
         weights = router_weights(seen, t["router"])
-        if config.balance_loss is not None and self.training and not _in_backward():
+        if config.balance_loss is not None and self.training and not in_backward():
             # A checkpoint must not count what the loss saves: its recomputation skips the loss.
-            with torch.autograd.graph.saved_tensors_hooks(_itself, _itself):
+            with torch.autograd.graph.saved_tensors_hooks(itself, itself):
                 self.routing_loss[adapter] = config.balance_weight * balance_loss(
                     weights, config.balance_loss, self.state.token_mask
                 )
@@ -201,17 +200,17 @@ class ManyLoraLayer(nn.Module, BaseTunerLayer):
         delta = self.scaling[adapter] * (B @ A)
         if branches.shared_rank:
             delta = delta + self.shared_scaling[adapter] * (t["shared_B"] @ t["shared_A"])
-        delta = delta.to(self.manylora_A[adapter].weight.dtype)
+        delta = delta.to(self._tensors(adapter)["A"].dtype)
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
 
     def fixed_weights(self, adapter: str, choice: int) -> Tensor:
         """Mixing weights (N,) of the branch or, for a learned gate, of the task of that id."""
-        branches = self.branches[adapter]
-        zeros = torch.zeros(branches.count, device=self.manylora_A[adapter].weight.device)
+        branches, t = self.branches[adapter], self._tensors(adapter)
+        zeros = torch.zeros(branches.count, device=t["A"].device)
         if choice == -1:
             return zeros
         if branches.gate == "task":
-            return softmax(self.manylora_gate[adapter].weight[choice])
+            return softmax(t["gate"][choice])
         zeros[choice] = 1.0
         return zeros
 
@@ -239,8 +238,10 @@ class ManyLoraLayer(nn.Module, BaseTunerLayer):
         merged = weight + sum(deltas[1:], deltas[0]).to(weight.device)
         if safe_merge and not torch.isfinite(merged).all():
             self._unmerged = self._unmerged if self.merged else None
-            raise ValueError(f"{self.name}: NaNs detected in the merged weights. The adapter "
-                             f"{', '.join(names)} seems to be broken")
+            raise ValueError(
+                f"{self.name}: NaNs detected in the merged weights. The adapter "
+                f"{', '.join(names)} seems to be broken"
+            )
         if self.quantization_backend is not None:
             warnings.warn(
                 f"merging into a {self.quantization_backend.backend_name} layer rounds the result "
@@ -268,8 +269,7 @@ class ManyLoraLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters.clear()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return not (self.branches[adapter_name].gate == "router"
-                    or self.branches[adapter_name].needs_ids)
+        return self.branches[adapter_name].gate in ("ones", "uniform")
 
     def __repr__(self) -> str:
         return "manylora." + super().__repr__()
@@ -277,15 +277,6 @@ class ManyLoraLayer(nn.Module, BaseTunerLayer):
 
 class ManyLoraLinear(ManyLoraLayer):
     """PEFT's "all-linear" finds layers that already have an adapter by "Linear" in this name."""
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _in_backward() -> bool:
-    """A checkpointed block runs again inside the backward pass; its loss was already counted."""
-    return torch._C._current_graph_task_id() != -1
 
 
 def not_mergeable(adapter: str, branches: Branches) -> str:

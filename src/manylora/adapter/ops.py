@@ -44,7 +44,7 @@ def branch_update(
     else:
         h = F.linear(F.dropout(x, dropout) if dropout else x, A)
         if branches.equal_ranks:
-            h = h.unflatten(-1, (-1, branches.ranks[0]))
+            h = torch.unflatten(h, -1, (-1, branches.ranks[0]))
     u = _mix(h, branches, weights)
     return F.linear(u, fold_scale(B, branches, scale).to(u.dtype))
 
@@ -54,7 +54,7 @@ def fold_scale(B: Tensor, branches: Branches, scale: Tensor | None) -> Tensor:
     if scale is None:
         return B
     if branches.equal_ranks:
-        blocks = B.unflatten(1, (branches.count, branches.ranks[0]))
+        blocks = torch.unflatten(B, 1, (branches.count, branches.ranks[0]))
         return (blocks * scale.T.unsqueeze(-1)).flatten(1)
     return B * (scale.T @ owners(branches, scale))
 
@@ -84,4 +84,4 @@ def _down_with_own_masks(x: Tensor, A: Tensor, branches: Branches, dropout: floa
         return h.movedim(0, -2)
     mine = owners(branches, h).bool().reshape(branches.count, *[1] * (h.dim() - 2), -1)
     h = torch.where(mine, h, 0).sum(0)
-    return h.unflatten(-1, (-1, branches.ranks[0])) if branches.equal_ranks else h
+    return torch.unflatten(h, -1, (-1, branches.ranks[0])) if branches.equal_ranks else h

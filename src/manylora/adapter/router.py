@@ -40,9 +40,10 @@ def id_weights(
     """
     if ids is None:
         raise ValueError(
-            f"{layer}: this adapter chooses its branch by task or cluster (gate={branches.gate!r}), "
-            "and nothing says which: wrap the call in `with manylora.branch_ids(model, ids):`, or "
-            "load it with PeftModel.from_pretrained from a folder that has a branch selector"
+            f"{layer}: this adapter chooses its branch by task or cluster "
+            f"(gate={branches.gate!r}), and nothing says which: wrap the call in "
+            "`with manylora.branch_ids(model, ids):`, or load it with PeftModel.from_pretrained "
+            "from a folder that has a branch selector"
         )
     ids = spread(ids.to(x.device), x.shape[:-1]).unsqueeze(-1)
     if gate is None:
@@ -51,6 +52,15 @@ def id_weights(
     # A product with the one-hot task keeps the backward pass deterministic, unlike indexing.
     chosen = (ids == torch.arange(branches.num_tasks, device=x.device)).to(rows.dtype)
     return chosen @ rows
+
+
+def itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def in_backward() -> bool:
+    """A checkpointed block runs again inside the backward pass; its loss was already counted."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def balance_loss(weights: Tensor, kind: str, mask: Tensor | None) -> Tensor:

@@ -5,9 +5,10 @@ A prompt is the bag of its token ids and of its neighbouring pairs, hashed into 
     f = log(1 + count) * idf,  idf = log((1 + n) / (1 + df)),  f / |f|
 
 and compared by cosine with one centroid per branch. Tokens that every prompt has (a chat template)
-weigh nothing. A prompt less like every branch than any training prompt was like its own gets -1:
-the shared branch alone. It reads token ids, so it works inside a model's forward pass, needs no
-tokenizer, and is deterministic. Saved as `branch_selector.safetensors` beside the weights.
+weigh nothing. A prompt less like every branch than any training prompt was like the others of its
+own gets -1: the shared branch alone. It reads token ids, so it works inside a model's forward
+pass, needs no tokenizer, and is deterministic. Saved as `branch_selector.safetensors` beside the
+weights.
 """
 
 from __future__ import annotations
@@ -55,9 +56,11 @@ class BranchSelector:
         features = _unit(torch.log1p(counts) * idf)
         owner = torch.tensor(branches)
         sums = torch.zeros(len(names), buckets).index_add_(0, owner, features)
-        centroids = _unit(sums)
-        own = (features * centroids[owner]).sum(1)
-        return cls(idf, centroids, float(own.min()), list(names))
+        # Each prompt against the others of its branch: a centroid is biased towards its members.
+        others = (features * _unit(sums[owner] - features)).sum(1)
+        others = others[torch.bincount(owner)[owner] > 1]
+        threshold = max(float(others.min()) if len(others) else 0.0, 1e-6)
+        return cls(idf, _unit(sums), threshold, list(names))
 
     def select(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """Branch ids (batch,) for prompts (batch, tokens); mask is true where a prompt's token is.
@@ -66,8 +69,10 @@ class BranchSelector:
         """
         ids, mask = input_ids.cpu(), mask.cpu().bool()
         if not bool(mask.any(1).all()):
-            raise ValueError("a prompt is empty, so no branch can be selected for it; "
-                             "say which with manylora.branch_ids(model, ids)")
+            raise ValueError(
+                "a prompt is empty, so no branch can be selected for it; "
+                "say which with manylora.branch_ids(model, ids)"
+            )
         rows = [_counts(row[keep], self.idf.numel()) for row, keep in zip(ids, mask, strict=True)]
         features = _unit(torch.log1p(torch.stack(rows)) * self.idf)
         similarity, branch = (features @ self.centroids.T).max(1)
@@ -90,16 +95,22 @@ class BranchSelector:
             return cls(idf, centroids, float(file.get_tensor("threshold")), names)
 
     @classmethod
-    def load_beside(cls, adapter: str, subfolder: str | None, revision: str | None
-                    ) -> BranchSelector:
+    def load_beside(
+        cls, adapter: str, subfolder: str | None, revision: str | None
+    ) -> BranchSelector:
         """Load the selector saved in an adapter's folder or hub repository."""
         folder = Path(adapter) / (subfolder or "")
         if (folder / SELECTOR_FILE).is_file():
             return cls.load(folder / SELECTOR_FILE)
         if not folder.is_dir():
             try:
-                return cls.load(Path(hf_hub_download(
-                    adapter, SELECTOR_FILE, subfolder=subfolder, revision=revision)))
+                return cls.load(
+                    Path(
+                        hf_hub_download(
+                            adapter, SELECTOR_FILE, subfolder=subfolder, revision=revision
+                        )
+                    )
+                )
             except Exception as error:
                 raise missing_selector(adapter) from error
         raise missing_selector(str(folder))
@@ -118,4 +129,4 @@ def _counts(ids: Tensor, buckets: int) -> Tensor:
 
 
 def _unit(rows: Tensor) -> Tensor:
-    return rows / rows.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    return torch.nn.functional.normalize(rows, dim=-1, eps=1e-12)

@@ -91,14 +91,14 @@ class ManyLoraTrainerMixin:
         return int(trainer.current_gradient_accumulation_steps) if summed else 1
 
 
-def dead_gradients(model: nn.Module, adapter: str, seen_ids: set[int] | None = None) -> list[str]:
+def dead_gradients(model: nn.Module, adapter: str, ids: set[int] | None = None) -> list[str]:
     """Tensors and branches that got no gradient though they should have, by name.
 
     Call after the backward pass of a step, before the optimiser. A gradient that is zero by design
     is not reported: while a branch's B is zero nothing reaches its A, its router and its gate, and
     while its scale c is zero only c is reached; so a first call tells about B (or c), and one after
-    the first update about the rest. seen_ids: the branch or task ids that had a training example so
-    far; other branches are not expected to have learned.
+    the first update about the rest. ids: the branch or task ids that had an example in this step;
+    other branches are not expected to have a gradient.
     """
     dead = []
     for layer in layers_of(model):
@@ -106,7 +106,7 @@ def dead_gradients(model: nn.Module, adapter: str, seen_ids: set[int] | None = N
             continue
         for part in layer.branches[adapter].shapes(layer.in_features, layer.out_features):
             gradient = getattr(layer, f"manylora_{part}")[adapter].weight.grad
-            for branch in _reached(layer, adapter, part, seen_ids):
+            for branch in _reached(layer, adapter, part, ids):
                 block = None if gradient is None else _block(layer, adapter, part, gradient, branch)
                 if block is None or not bool(block.any()):
                     name = f"{layer.name}.manylora_{part}"
@@ -115,7 +115,7 @@ def dead_gradients(model: nn.Module, adapter: str, seen_ids: set[int] | None = N
 
 
 def _reached(
-    layer: ManyLoraLayer, adapter: str, part: str, seen: set[int] | None
+    layer: ManyLoraLayer, adapter: str, part: str, ids: set[int] | None
 ) -> list[int | None]:
     """The branches of a tensor that a gradient can reach now; [None] for a tensor they share."""
     branches = layer.branches[adapter]
@@ -124,8 +124,8 @@ def _reached(
     if part == "shared_A":
         return [None] if _nonzero(layer, adapter, "shared_B") else []
     used = list(range(branches.count))
-    if branches.gate == "one_hot" and seen is not None:
-        used = [i for i in used if i in seen]
+    if branches.gate == "one_hot" and ids is not None:
+        used = [i for i in used if i in ids]
     if branches.scaled and part != "scale":
         used = [i for i in used if _nonzero(layer, adapter, "scale", i)]
     if part not in ("B", "scale"):
@@ -153,4 +153,4 @@ def _block(
         return tensor
     if part == "scale":
         return tensor[branch]
-    return tensor.split(list(branches.ranks), 1 if part == "B" else 0)[branch]
+    return torch.split(tensor, list(branches.ranks), 1 if part == "B" else 0)[branch]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from transformers.pytorch_utils import Conv1D
 from manylora.adapter.config import ManyLoraConfig, ManyLoraPeftType
 from manylora.adapter.ids import BranchState, set_ids
 from manylora.adapter.layer import ManyLoraLayer, ManyLoraLinear, not_mergeable
+from manylora.adapter.mixed import hook_adapter_names
 from manylora.adapter.selector import BranchSelector, missing_selector
 
 
@@ -39,22 +39,27 @@ class ManyLoraModel(BaseTuner):
 
     prefix = "manylora_"
     tuner_layer_cls = ManyLoraLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    peft_config: dict[str, ManyLoraConfig]  # type: ignore[assignment]
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
 
     _row_adapters: list[str] | None = None
 
-    def _pre_injection_hook(
+    def _pre_injection_hook(  # type: ignore[override]
         self, model: nn.Module, config: ManyLoraConfig, adapter_name: str
     ) -> None:
         if not hasattr(self, "branch_state"):
             self.branch_state = BranchState()
 
-    def _check_new_adapter_config(self, config: ManyLoraConfig) -> None:
+    def _check_new_adapter_config(  # type: ignore[override]
+        self, config: ManyLoraConfig
+    ) -> None:
         super()._check_new_adapter_config(config)
         if config.selector and config.branch_selector is None:
             raise missing_selector(config.base_model_name_or_path or "")
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
         """Adapt the layers that the adapter's config names; says which there are if none match."""
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -63,7 +68,7 @@ class ManyLoraModel(BaseTuner):
                 _no_match(model, self.peft_config[adapter_name])
             ) from error
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]
         self,
         config: ManyLoraConfig,
         adapter_name: str,
@@ -77,13 +82,16 @@ class ManyLoraModel(BaseTuner):
             target.update_layer(adapter_name, config, inference_mode=config.inference_mode)
             return
         supported = isinstance(target, nn.Linear | Conv1D)
-        backend = None if supported else resolve_quantization_backend(
-            target, **get_quantization_kwargs(self))
+        backend = (
+            None
+            if supported
+            else resolve_quantization_backend(target, **get_quantization_kwargs(self))
+        )
         if not supported and (backend is None or backend.layer_type != "linear"):
             raise ValueError(
-                f"{current_key} is a {type(target).__name__}, which manylora cannot adapt: it adapts "
-                "torch.nn.Linear, transformers' Conv1D and quantised linear layers; leave it out "
-                "with exclude_modules or narrow target_modules"
+                f"{current_key} is a {type(target).__name__}, which manylora cannot adapt: it "
+                "adapts torch.nn.Linear, transformers' Conv1D and quantised linear layers; leave "
+                "it out with exclude_modules or narrow target_modules"
             )
         layer = ManyLoraLinear(
             target, current_key, self.branch_state, **get_quantization_kwargs(self)
@@ -145,7 +153,9 @@ class ManyLoraModel(BaseTuner):
         Except that PeftModelForCausalLM.forward leaves out input_ids; `forward` above sees those.
         """
         names, inputs = kwargs.get("adapter_names"), _inputs(args, kwargs)
-        handles = [] if names is None else self._hook_adapter_names(names, inputs)
+        handles = [] if names is None else hook_adapter_names(
+            self.model, names, inputs, self.peft_config, self.active_adapters
+        )
         before, self._row_adapters = self._row_adapters, names
         try:
             with nullcontext() if inputs is None else self._about_batch(args, kwargs):
@@ -204,40 +214,29 @@ class ManyLoraModel(BaseTuner):
         layers = [module for module in self.model.modules() if isinstance(module, ManyLoraLayer)]
         return all(layer.disable_adapters or layer.merged for layer in layers)
 
-    def _hook_adapter_names(self, names: list[str], inputs: Tensor | None) -> list[Any]:
-        if self.training:
-            raise ValueError("Cannot pass `adapter_names` when the model is in training mode. "
-                             "Call model.eval() first")
-        unknown = sorted(set(names) - set(self.peft_config) - {"__base__"})
-        if unknown:
-            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; "
-                             f"this model has {', '.join(sorted(self.peft_config))} and __base__")
-        if inputs is not None and len(inputs) != len(names):
-            raise ValueError("Length of `adapter_names` should be the same as the number of "
-                             f"inputs, but got {len(names)} and {len(inputs)}")
-        hook = partial(_pass_adapter_names, names, inputs is not None)
-        wrappers = (ManyLoraLayer, AuxiliaryTrainingWrapper)
-        return [
-            module.register_forward_pre_hook(hook, with_kwargs=True)
-            for module in self.modules()
-            if isinstance(module, wrappers)
-        ]
-
 
 def _no_match(model: nn.Module, config: ManyLoraConfig) -> str:
     linear = [
         name.rpartition(".")[2]
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D | ManyLoraLayer) and not name.endswith("base_layer")
+        if isinstance(module, nn.Linear | Conv1D | ManyLoraLayer)
+        and not name.endswith("base_layer")
     ]
     given = [
         f"{name}={sorted(value) if isinstance(value, set) else value!r}"
-        for name in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
-                     "modules_to_save")
+        for name in (
+            "target_modules",
+            "exclude_modules",
+            "layers_to_transform",
+            "layers_pattern",
+            "modules_to_save",
+        )
         if (value := getattr(config, name)) is not None
     ]
-    return (f"no linear layer matches {', '.join(given)}; "
-            f"this model has {', '.join(dict.fromkeys(linear)) or 'no linear layer at all'}")
+    return (
+        f"no linear layer matches {', '.join(given)}; "
+        f"this model has {', '.join(dict.fromkeys(linear)) or 'no linear layer at all'}"
+    )
 
 
 def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -256,22 +255,12 @@ def _select_by_row(
     return ids
 
 
-def _pass_adapter_names(
-    names: list[str], repeat: bool, module: nn.Module, args: Any, kwargs: dict[str, Any]
-) -> tuple[Any, dict[str, Any]]:
-    rows, rest = divmod(len(args[0]), len(names))
-    # generate repeats each prompt for its beams and returned sequences.
-    if repeat and not rest and (args[0].dim() > 2 or not args[0].is_floating_point()):
-        names = [name for name in names for _ in range(rows)]
-    return args, {**kwargs, "adapter_names": names}
-
-
 def register() -> None:
     """Make PEFT know the type MANYLORA; called once by `import manylora`."""
     kind = ManyLoraPeftType.MANYLORA
     known = PEFT_TYPE_TO_TUNER_MAPPING.get(kind)  # type: ignore[call-overload]
     if known is not None and known is not ManyLoraModel:
         raise RuntimeError(f"PEFT already has a method named {kind.value}: {known}")
-    PEFT_TYPE_TO_CONFIG_MAPPING[kind] = ManyLoraConfig
-    PEFT_TYPE_TO_TUNER_MAPPING[kind] = ManyLoraModel
-    PEFT_TYPE_TO_PREFIX_MAPPING[kind] = ManyLoraModel.prefix
+    PEFT_TYPE_TO_CONFIG_MAPPING[kind] = ManyLoraConfig  # type: ignore[index]
+    PEFT_TYPE_TO_TUNER_MAPPING[kind] = ManyLoraModel  # type: ignore[index]
+    PEFT_TYPE_TO_PREFIX_MAPPING[kind] = ManyLoraModel.prefix  # type: ignore[index]

@@ -17,6 +17,7 @@ from manylora.corpus.formats import (
     CorpusError,
     Example,
     load_corpus,
+    read_prompts,
     read_tasks,
     samples_path,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "mixture_table",
     "print_mixture",
     "prompt_ids",
+    "read_prompts",
     "read_tasks",
     "sample_order",
     "samples_path",

@@ -94,14 +94,24 @@ def read_tasks(path: Path) -> dict[str, list[Example]]:
     return dict(sorted(tasks.items()))
 
 
-def example_from_row(row: dict[str, object], path: Path, line: int) -> Example:
+def read_prompts(path: Path) -> list[Example]:
+    """The rows of one file to be answered: as for training, but without an output."""
+    path = Path(path)
+    if not path.is_file():
+        raise CorpusError(f"{path}: no such file. Give a JSONL file of rows to answer.")
+    return _read_file(path, answered=False)
+
+
+def example_from_row(
+    row: dict[str, object], path: Path, line: int, answered: bool = True
+) -> Example:
     """One decoded row, found in that line of that file, as an example."""
     where = f"{path}:{line}"
     return Example(
         task=path.stem,
         instruction=_text(row, "instruction", where),
         input=_text(row, "input", where) if "input" in row else "",
-        output=_text(row, "output", where),
+        output=_text(row, "output", where) if answered else "",
         source=f"{path.name}:{line}",
     )
 
@@ -153,7 +163,7 @@ def _task_files(folder: Path) -> list[Path]:
     return paths
 
 
-def _read_file(path: Path) -> list[Example]:
+def _read_file(path: Path, answered: bool = True) -> list[Example]:
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -161,7 +171,7 @@ def _read_file(path: Path) -> list[Example]:
     examples = []
     for number, line in _lines(path, content):
         row = _parse(line, f"{path}:{number}")
-        examples.append(example_from_row(row, path, number))
+        examples.append(example_from_row(row, path, number, answered))
     if not examples:
         raise CorpusError(f"{path}: holds no row. Write one JSON object a line, or remove it.")
     return examples

@@ -1,4 +1,4 @@
-"""How likely a model finds given answers, and what it answers itself: the two model calls of scoring.
+"""How likely a model finds given answers, and what it answers itself: the model calls of scoring.
 
 Prompts are padded on the left with their own position ids and read once, whatever the number of
 answers to compare; each answer continues from the prompt's cache. Neither padding nor batch mates
@@ -58,7 +58,9 @@ def score_answers(
     scores: list[list[AnswerScore]] = [[] for _ in questions]
     for batch in _batches([len(question.prompt) for question in questions], batch_size):
         picked = [questions[i] for i in batch]
-        for i, found in zip(batch, _score(model, picked, pad_token_id, use_ids, meter), strict=True):
+        for i, found in zip(
+            batch, _score(model, picked, pad_token_id, use_ids, meter), strict=True
+        ):
             scores[i] = found
     return scores
 
@@ -70,12 +72,17 @@ def _score(
     use_ids: bool,
     meter: RoutingMeter | None,
 ) -> list[list[AnswerScore]]:
-    ids, mask, positions = _left_padded([q.prompt for q in questions], pad, model.device)
+    ids, mask, positions = left_padded([q.prompt for q in questions], pad, model.device)
     tasks = torch.tensor([q.task_id for q in questions])
     with _watched(meter, mask, tasks), _ids(model, tasks, use_ids):
-        read = model(input_ids=ids, attention_mask=mask, position_ids=positions,
-                     past_key_values=DynamicCache(config=model.config), use_cache=True,
-                     logits_to_keep=1)
+        read = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=DynamicCache(config=model.config),
+            use_cache=True,
+            logits_to_keep=1,
+        )
     count = len(questions[0].answers)
     answers = [answer for q in questions for answer in q.answers]
     predicted = read.logits[:, -1:].repeat_interleave(count, 0)
@@ -88,10 +95,11 @@ def _score(
         gold = torch.tensor([i == q.gold for q in questions for i in range(count)])
         tasks = tasks.repeat_interleave(count)
         start = mask.sum(1, keepdim=True).repeat_interleave(count, 0)
-        with (_watched(meter, real * gold[:, None].to(real), tasks),
-              _ids(model, tasks, use_ids)):
+        with _watched(meter, real * gold[:, None].to(real), tasks), _ids(model, tasks, use_ids):
             rest = model(
-                input_ids=more.to(ids), past_key_values=read.past_key_values, use_cache=True,
+                input_ids=more.to(ids),
+                past_key_values=read.past_key_values,
+                use_cache=True,
                 attention_mask=torch.cat([mask.repeat_interleave(count, 0), real], 1),
                 position_ids=start + torch.arange(width, device=ids.device),
             )
@@ -124,13 +132,20 @@ def generate_answers(
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     answers: list[list[int]] = [[] for _ in prompts]
     for batch in _batches([len(prompt) for prompt in prompts], batch_size):
-        tokens, mask, _ = _left_padded([prompts[i] for i in batch], pad_token_id, model.device)
+        tokens, mask, _ = left_padded([prompts[i] for i in batch], pad_token_id, model.device)
         chosen = None if ids is None else torch.tensor([ids[i] for i in batch])
         with nullcontext() if chosen is None else branch_ids(model, chosen):
             output = model.generate(
-                input_ids=tokens, attention_mask=mask, do_sample=False, num_beams=1,
-                max_new_tokens=max(limits[i] for i in batch), pad_token_id=pad_token_id,
-                eos_token_id=eos_token_ids, temperature=None, top_p=None, top_k=None,
+                input_ids=tokens,
+                attention_mask=mask,
+                do_sample=False,
+                num_beams=1,
+                max_new_tokens=max(limits[i] for i in batch),
+                pad_token_id=pad_token_id,
+                eos_token_id=eos_token_ids,
+                temperature=None,
+                top_p=None,
+                top_k=None,
             )
         for place, i in enumerate(batch):
             new = output[place, tokens.shape[1] :].tolist()[: limits[i]]
@@ -156,9 +171,10 @@ def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
         yield order[start : start + batch_size]
 
 
-def _left_padded(
-    rows: list[list[int]], pad_token_id: int, device: torch.device
+def left_padded(
+    rows: list[list[int]], pad_token_id: int, device: torch.device | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """ids, mask and position ids, each (rows, longest row)."""
     width = max(len(row) for row in rows)
     ids = torch.tensor([[pad_token_id] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])

@@ -53,8 +53,10 @@ def held_out(
         examples = corpus.test.get(name, [])[:rows_per_task]
         encoded, too_long = encode_all(examples, tokenizer, max_length)
         if too_long:
-            notes.append(f"{name}: {len(too_long)} of {len(examples)} held-out rows have more than "
-                         f"max_length={max_length} tokens and are not scored")
+            notes.append(
+                f"{name}: {len(too_long)} of {len(examples)} held-out rows have more than "
+                f"max_length={max_length} tokens and are not scored"
+            )
         if len(encoded) < 2:
             notes.append(f"{name}: {len(encoded)} held-out rows give no interval; not scored")
             continue
@@ -114,8 +116,10 @@ def _question(
     right = encoded.input_ids[encoded.prompt_length :]
     if not task.choices:
         return Question(prompt, [right], 0, task_id)
-    answers = [right if choice == example.output else _answer(example, choice, tokenizer)
-               for choice in task.choices]
+    answers = [
+        right if choice == example.output else _answer(example, choice, tokenizer)
+        for choice in task.choices
+    ]
     return Question(prompt, answers, task.choices.index(example.output), task_id)
 
 
@@ -137,10 +141,12 @@ def _generated_f1(
     ends = sorted({item.input_ids[-1] for item in task.encoded} | {int(tokenizer.eos_token_id)})
     ids = None if task_id is None else [task_id] * len(prompts)
     answers = generate_answers(
-        model, prompts, int(tokenizer.pad_token_id), ends, limit, batch_size, ids)
+        model, prompts, int(tokenizer.pad_token_id), ends, limit, batch_size, ids
+    )
     texts = [str(tokenizer.decode(answer, skip_special_tokens=True)) for answer in answers]
-    return [token_f1(text, example.output)
-            for text, example in zip(texts, task.examples, strict=True)]
+    return [
+        token_f1(text, example.output) for text, example in zip(texts, task.examples, strict=True)
+    ]
 
 
 def token_f1(answer: str, reference: str) -> float:
@@ -156,8 +162,13 @@ def interval(values: Sequence[float]) -> Interval:
     """Mean and 95 % percentile bootstrap bounds of at least two values."""
     if len(set(values)) == 1:
         return [float(values[0])] * 3
-    result = bootstrap((np.asarray(values),), np.mean, n_resamples=2000, method="percentile",
-                       rng=np.random.default_rng(0))
+    result = bootstrap(
+        (np.asarray(values),),
+        np.mean,
+        n_resamples=2000,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    )
     low, high = result.confidence_interval
     return [float(np.mean(values)), float(low), float(high)]
 
@@ -170,8 +181,7 @@ def write_scores(
 ) -> None:
     """scores.json in the form that the design fixes."""
     scores = {
-        task.name: {"n": len(task.examples), "before": before[task.name],
-                    "after": after[task.name]}
+        task.name: {"n": len(task.examples), "before": before[task.name], "after": after[task.name]}
         for task in tasks
     }
     (run / SCORES_FILE).write_text(json.dumps({"tasks": scores}, indent=2), encoding="utf-8")

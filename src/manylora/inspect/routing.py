@@ -38,8 +38,11 @@ class RoutingMeter:
     def __init__(self, model: nn.Module, tasks: list[str], adapter: str = "default") -> None:
         self.tasks = tasks
         self.adapter = adapter
-        self.layers = [layer for layer in layers_of(model)
-                       if adapter in layer.branches and layer.branches[adapter].gate == "router"]
+        self.layers = [
+            layer
+            for layer in layers_of(model)
+            if adapter in layer.branches and layer.branches[adapter].gate == "router"
+        ]
         self.sums: dict[str, Tensor] = {}
         self.counts = torch.zeros(len(tasks), dtype=torch.float64)
 
@@ -52,8 +55,10 @@ class RoutingMeter:
         def watch(layer: ManyLoraLayer, args: tuple[Any, ...]) -> None:
             x = args[0]
             if layer.branches[self.adapter].router_input == "Ax":
-                x = F.linear(x.to(layer.manylora_A[self.adapter].weight.dtype),
-                             layer.manylora_A[self.adapter].weight)
+                x = F.linear(
+                    x.to(layer.manylora_A[self.adapter].weight.dtype),
+                    layer.manylora_A[self.adapter].weight,
+                )
             weights = router_weights(x, layer.manylora_router[self.adapter].weight)
             total = share.flatten(0, 1).T @ weights.double().flatten(0, -2)
             self.sums[layer.name] = self.sums.get(layer.name, torch.zeros(())) + total.cpu()
@@ -70,13 +75,18 @@ class RoutingMeter:
         """The means, or None for a model without a router; tasks without a token are left out."""
         if not self.layers:
             return None
-        means = {name: total / self.counts.clamp(min=1).unsqueeze(-1)
-                 for name, total in self.sums.items()}
+        means = {
+            name: total / self.counts.clamp(min=1).unsqueeze(-1)
+            for name, total in self.sums.items()
+        }
         return Routing(
             branches=self.layers[0].branches[self.adapter].count,
             layers=list(means),
-            tasks={task: [mean[i].tolist() for mean in means.values()]
-                   for i, task in enumerate(self.tasks) if self.counts[i] > 0},
+            tasks={
+                task: [mean[i].tolist() for mean in means.values()]
+                for i, task in enumerate(self.tasks)
+                if self.counts[i] > 0
+            },
         )
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from manylora.evaluate.table import LOWER_IS_BETTER, METRIC_TITLES, verdict
 from manylora.report.files import Interval, LoggedStep, Routing, Scores, Summary, read_run
 from manylora.report.plots import (
     Axis,
@@ -30,15 +31,6 @@ from manylora.report.plots import (
     points_a_bin,
     thin,
 )
-
-METRIC_TITLES = {
-    "nll": "answer loss (nats per token)",
-    "exact_match": "exact match",
-    "choice_accuracy": "choice accuracy",
-    "token_f1": "token F1",
-}
-LOWER_IS_BETTER = {"nll"}
-
 
 def write_report(run: Path) -> Path:
     """Write run/report.html from the run folder's files and return its path."""
@@ -64,17 +56,6 @@ def write_report(run: Path) -> Path:
     path = run / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
-
-
-def verdict(metric: str, before: Interval | None, after: Interval | None) -> str:
-    """ "better" or "worse" when the whole after-interval lies beyond the before mean, else ""."""
-    if before is None or after is None:
-        return ""
-    mean, (_, low, high) = before[0], after
-    above, below = low > mean, high < mean
-    if metric in LOWER_IS_BETTER:
-        above, below = below, above
-    return "better" if above else "worse" if below else ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,171 @@
+"""The `manylora` command, one function a verb. Results go to stdout, progress to stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+# Before transformers is imported: its own progress bars and advice are not this command's output.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+warnings.filterwarnings("ignore", category=FutureWarning)
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Fine-tune one language model for many tasks at once, with multi-branch LoRA.",
+)
+console = Console(stderr=True, highlight=False)
+
+RunFolder = Annotated[Path, typer.Argument(help="A run folder, as `train` leaves it.")]
+Changes = Annotated[
+    list[str] | None, typer.Argument(help="Changes to the recipe, as train.learning_rate=1e-3.")
+]
+
+
+@app.command()
+def quickstart(
+    output: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/quickstart"),
+    changes: Changes = None,
+) -> None:
+    """Train HydraLoRA on bundled real tasks, score it, export it: a first run in minutes."""
+    from manylora.quickstart import quickstart
+
+    quickstart(output, changes or [], console)
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe (YAML) or a run folder.")] = None,
+    changes: Changes = None,
+) -> None:
+    """Train an adapter from a recipe; `data=FOLDER` alone is enough."""
+    from manylora.evaluate.table import print_scores
+    from manylora.recipe import load_recipe
+    from manylora.report.page import write_report
+    from manylora.train import train
+
+    path, changes = _recipe_and_changes(recipe, changes)
+    run = train(load_recipe(path, changes), console)
+    write_report(run)
+    print_scores(run, Console())
+    console.print(f"[bold]{run}[/bold]: adapter, scores.json, report.html")
+
+
+@app.command("eval")
+def evaluate(run: RunFolder) -> None:
+    """Score a run on its held-out rows again; rewrites scores.json and report.html."""
+    from manylora.evaluate.held_out import evaluate_run
+    from manylora.evaluate.table import print_scores
+    from manylora.report.page import write_report
+
+    evaluate_run(run, console)
+    write_report(run)
+    print_scores(run, Console())
+
+
+@app.command()
+def predict(
+    run: RunFolder,
+    file: Annotated[Path, typer.Argument(help="JSONL rows with instruction and input.")],
+    output: Annotated[Path | None, typer.Option(help="Where to write; default stdout.")] = None,
+    task: Annotated[str | None, typer.Option(help="The task whose branch answers.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+) -> None:
+    """Answer every row of a file, in batches."""
+    from manylora.predict import predict_file, write_rows
+
+    rows = predict_file(run, file, max_new_tokens, batch_size, task)
+    if output is not None:
+        console.print(f"{write_rows(rows, output)} rows to {output}")
+        return
+    for row in rows:
+        typer.echo(json.dumps(row, ensure_ascii=False))
+
+
+@app.command()
+def chat(
+    run: RunFolder,
+    task: Annotated[str | None, typer.Option(help="The task whose branch answers.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 512,
+) -> None:
+    """Talk to a run. An empty line or Ctrl-D ends it; /new starts over."""
+    from manylora.predict import Conversation
+
+    conversation = Conversation(run, max_new_tokens)
+    while text := _ask():
+        if text == "/new":
+            conversation.messages.clear()
+            continue
+        conversation.say(text, lambda piece: typer.echo(piece, nl=False), task)
+        typer.echo()
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    output: Annotated[Path | None, typer.Option(help="Default: RUN/export.")] = None,
+    static: Annotated[
+        bool, typer.Option(help="Token-routed runs: fix the routing at its measured mean.")
+    ] = False,
+) -> None:
+    """Write plain PEFT LoRA folders that load without manylora, each checked against the run."""
+    from manylora.export import export_lora
+    from manylora.report.page import write_report
+
+    for done in export_lora(run, output or run / "export", static):
+        kind = "exact" if done.exact else "approximation"
+        typer.echo(
+            f"{done.path}  {kind}, logits within {done.max_logit_difference:.1e}: {done.note}"
+        )
+    write_report(run)
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe to check as well.")] = None,
+    changes: Changes = None,
+) -> None:
+    """What is installed, what the hardware can do, what would go wrong with a recipe."""
+    from manylora.doctor import examine, print_findings
+    from manylora.recipe import load_recipe
+
+    path, changes = _recipe_and_changes(recipe, changes)
+    wanted = load_recipe(path, changes) if path or changes else None
+    raise typer.Exit(print_findings(examine(wanted), Console()))
+
+
+def _recipe_and_changes(
+    recipe: Path | None, changes: list[str] | None
+) -> tuple[Path | None, list[str]]:
+    """`manylora train data=x` has no recipe file: its first word is a change already."""
+    if recipe is not None and "=" in str(recipe):
+        return None, [str(recipe), *(changes or [])]
+    return recipe, changes or []
+
+
+def _ask() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+def main() -> None:
+    """The entry point: errors that a person can act on are one message and exit code 1."""
+    run: Callable[..., Any] = app
+    try:
+        run()
+    except (ValueError, RuntimeError, OSError) as error:
+        if os.environ.get("MANYLORA_DEBUG"):
+            raise
+        console.print(f"[bold red]error:[/bold red] {error}", soft_wrap=True, markup=True)
+        raise SystemExit(1) from None

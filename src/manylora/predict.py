@@ -1,0 +1,133 @@
+"""Answers from a run: for the rows of a file in batches, or for one prompt at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase, TextStreamer
+
+from manylora.adapter.ids import branch_ids
+from manylora.adapter.selector import BranchSelector
+from manylora.corpus import CorpusError, prompt_ids, read_prompts
+from manylora.evaluate.answers import generate_answers, left_padded
+from manylora.run import load
+
+
+def predict_file(
+    run: Path,
+    file: Path,
+    max_new_tokens: int = 256,
+    batch_size: int = 16,
+    task: str | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Each row of a JSONL file with the model's greedy answer as `prediction`, in file order.
+
+    task: the branch of all rows, for adapters that choose it by task; else the saved selector
+    chooses for each prompt, and what it chose is in the row as `branch`.
+
+    Raises CorpusError for a row that cannot be read, before the model is loaded.
+    """
+    examples = read_prompts(file)
+    model, tokenizer = load(run)
+    prompts = [prompt_ids(example.prompt, tokenizer) for example in examples]
+    selector = model.peft_config["default"].branch_selector
+    ids = None if selector is None else _choose(selector, prompts, task)
+    if selector is None and task is not None:
+        raise CorpusError(
+            f"{run} does not choose its branch by task, so task={task!r} has no "
+            "meaning; leave it out"
+        )
+    answers = generate_answers(
+        model,
+        prompts,
+        int(tokenizer.pad_token_id),
+        end_tokens(model, tokenizer),
+        max_new_tokens,
+        batch_size,
+        ids,
+    )
+    for i, (example, answer) in enumerate(zip(examples, answers, strict=True)):
+        row: dict[str, Any] = {"instruction": example.instruction, "input": example.input}
+        if ids is not None and selector is not None:
+            row["branch"] = selector.names[ids[i]] if ids[i] >= 0 else None
+        yield {**row, "prediction": tokenizer.decode(answer, skip_special_tokens=True)}
+
+
+def _choose(selector: BranchSelector, prompts: Sequence[list[int]], task: str | None) -> list[int]:
+    if task is None:
+        ids, mask, _ = left_padded(list(prompts), 0)
+        return [int(i) for i in selector.select(ids, mask)]
+    if task not in selector.names:
+        raise CorpusError(f"no task {task!r} in this run; it has {', '.join(selector.names)}")
+    return [selector.names.index(task)] * len(prompts)
+
+
+def end_tokens(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends an answer: the tokenizer's and the model's own."""
+    own = model.generation_config.eos_token_id
+    own = [] if own is None else own if isinstance(own, list) else [own]
+    return sorted({*own, int(tokenizer.eos_token_id)})
+
+
+class _Pieces(TextStreamer):  # type: ignore[misc]
+    """Hands each piece of text on as soon as it is whole."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, show: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.show = show
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.show(text)
+
+
+class Conversation:
+    """A chat with a run: keeps what was said and streams each reply."""
+
+    def __init__(self, run: Path, max_new_tokens: int = 512) -> None:
+        self.model, self.tokenizer = load(run)
+        self.max_new_tokens = max_new_tokens
+        self.messages: list[dict[str, str]] = []
+
+    def say(self, text: str, show: Callable[[str], None], task: str | None = None) -> str:
+        """The reply to `text`; `show` gets its pieces as they come. task: as in `predict_file`."""
+        self.messages.append({"role": "user", "content": text})
+        ids, mask, _ = left_padded([self._prompt(text)], 0, self.model.device)
+        selector = self.model.peft_config["default"].branch_selector
+        branch = None if selector is None else _choose(selector, ids.tolist(), task)
+        ends = end_tokens(self.model, self.tokenizer)
+        with nullcontext() if branch is None else branch_ids(self.model, branch):
+            output = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                streamer=_Pieces(self.tokenizer, show),
+                do_sample=False,
+                max_new_tokens=self.max_new_tokens,
+                pad_token_id=self.tokenizer.pad_token_id,
+                eos_token_id=ends,
+            )
+        reply = self.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+        self.messages.append({"role": "assistant", "content": reply})
+        return str(reply)
+
+    def _prompt(self, text: str) -> list[int]:
+        if self.tokenizer.chat_template is None:
+            return prompt_ids(text, self.tokenizer)
+        rendered = self.tokenizer.apply_chat_template(
+            self.messages, tokenize=False, add_generation_prompt=True
+        )
+        return list(self.tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+
+def write_rows(rows: Iterator[dict[str, Any]], output: Path) -> int:
+    """Write rows as JSON lines; returns how many."""
+    count = 0
+    with output.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count += 1
+    return count
