@@ -23,17 +23,29 @@ from manylora.corpus import Example, read_tasks, samples_path
 SEED = "manylora samples 1"
 ROWS = {"train": 200, "test": 60}
 
-INTENTS = (
-    "age_limit",
-    "card_about_to_expire",
-    "cash_withdrawal_charge",
-    "compromised_card",
-    "direct_debit_payment_not_recognised",
-    "edit_personal_details",
-    "pending_top_up",
-    "visa_or_mastercard",
-)
-INTENT_INSTRUCTION = f"Name the intent of the bank customer. Choose one of: {', '.join(INTENTS)}."
+# Two tasks of 8 well-separated intents each, out of 77.
+INTENTS = {
+    "intent_banking_a": (
+        "age_limit",
+        "card_about_to_expire",
+        "cash_withdrawal_charge",
+        "compromised_card",
+        "direct_debit_payment_not_recognised",
+        "edit_personal_details",
+        "pending_top_up",
+        "visa_or_mastercard",
+    ),
+    "intent_banking_b": (
+        "automatic_top_up",
+        "card_arrival",
+        "card_linking",
+        "card_not_working",
+        "exchange_rate",
+        "supported_cards_and_currencies",
+        "top_up_limits",
+        "verify_my_identity",
+    ),
+}
 
 # Rows left out after reading the draw. An e-mail address, a telephone number, a private person.
 PERSONAL = re.compile(
@@ -60,17 +72,18 @@ DRAWS = {
     "code_bash": Draw(
         "code_bash", lambda row: len(row.input) <= 150 and len(row.output) <= 60, lambda _: ""
     ),
-    "intent_banking": Draw(
-        "intent_banking77", lambda row: row.output in INTENTS, lambda row: row.output
-    ),
+    **{
+        task: Draw(
+            "intent_banking77",
+            lambda row, intents=intents: row.output in intents,  # type: ignore[misc]
+            lambda row: row.output,
+        )
+        for task, intents in INTENTS.items()
+    },
     "legal_cuad": Draw("legal_cuad", lambda row: len(row.prompt) <= 450, lambda row: row.output),
     "legal_overruling": Draw(
         "legal_overruling", lambda row: len(row.prompt) <= 400, lambda row: row.output
     ),
-    "sentence_commongen": Draw(
-        "d2t_commongen", lambda row: len(row.output) <= 80, lambda _: ""
-    ),
-    "trivia_webq": Draw("closedbook_webq", lambda row: len(row.output) <= 40, lambda _: ""),
 }
 
 
@@ -93,7 +106,10 @@ def content_hash(row: Example) -> str:
 
 
 def as_line(row: Example, task: str) -> str:
-    instruction = INTENT_INSTRUCTION if task == "intent_banking" else row.instruction
+    instruction = row.instruction
+    if task in INTENTS:
+        intents = ", ".join(INTENTS[task])
+        instruction = f"Name the intent of the bank customer. Choose one of: {intents}."
     fields = {
         "task": task,
         "instruction": instruction,

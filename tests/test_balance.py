@@ -80,8 +80,14 @@ kinds = pytest.mark.parametrize("kind", ["cv_squared", "switch"])
 def test_a_layer_holds_its_weighted_loss_after_a_training_forward(kind: str) -> None:
     torch.manual_seed(0)
     base = nn.Linear(5, 3, dtype=torch.float64)
-    model = attach(OneLayer(base), target_modules=["linear"], method="lora_moe", r=2,
-                   balance_loss=kind, balance_weight=0.25).train()
+    model = attach(
+        OneLayer(base),
+        target_modules=["linear"],
+        method="lora_moe",
+        r=2,
+        balance_loss=kind,
+        balance_weight=0.25,
+    ).train()
     x = torch.randn(2, 3, 5, dtype=torch.float64)
     model(x)
     (layer,) = layers_of(model)

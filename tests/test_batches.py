@@ -31,8 +31,13 @@ by_kind = pytest.mark.parametrize("config", KINDS.values(), ids=KINDS.keys())
 
 def one_layer(config: dict[str, Any], dtype: torch.dtype) -> PeftModel:
     torch.manual_seed(0)
-    return attach(OneLayer(base_layer("linear", 13, 7, dtype)), target_modules=["linear"], r=4,
-                  init_weights=False, **config)
+    return attach(
+        OneLayer(base_layer("linear", 13, 7, dtype)),
+        target_modules=["linear"],
+        r=4,
+        init_weights=False,
+        **config,
+    )
 
 
 @by_kind

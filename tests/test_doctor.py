@@ -41,8 +41,9 @@ def data(tmp_path: Path) -> Path:
     folder = tmp_path / "data"
     folder.mkdir()
     for task, words in (("long", 30), ("short", 3)):
-        rows = [{"instruction": "yes " * words, "input": f"no{i}", "output": "no no"}
-                for i in range(10)]
+        rows = [
+            {"instruction": "yes " * words, "input": f"no{i}", "output": "no no"} for i in range(10)
+        ]
         (folder / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -53,8 +54,9 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def recipe_of(model: Path, data: Path, *more: str) -> Recipe:
-    return load_recipe(None, [f"model={model}", f"data={data}", f"output={data.parent / 'run'}",
-                              *more])
+    return load_recipe(
+        None, [f"model={model}", f"data={data}", f"output={data.parent / 'run'}", *more]
+    )
 
 
 def of(findings: list[Finding], topic: str, status: str = "problem") -> list[str]:
@@ -72,8 +74,15 @@ def part(found: Estimate, name: str) -> int:
 def test_a_recipe_that_can_run_has_no_problem(model: Path, data: Path) -> None:
     findings = examine(recipe_of(model, data))
     assert [f for f in findings if f.status == "problem"] == []
-    assert {f.topic for f in findings} >= {"packages", "hardware", "base model", "disk", "recipe",
-                                           "data", "memory"}
+    assert {f.topic for f in findings} >= {
+        "packages",
+        "hardware",
+        "base model",
+        "disk",
+        "recipe",
+        "data",
+        "memory",
+    }
 
 
 def test_without_a_recipe_only_the_machine_is_examined() -> None:
@@ -88,7 +97,7 @@ def test_nothing_is_written(model: Path, data: Path) -> None:
 
 
 def test_a_package_outside_its_window_names_the_pip_command(
-    monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     real = doctor.version
     monkeypatch.setattr(doctor, "version", lambda name: "0.1.0" if name == "peft" else real(name))
@@ -204,9 +213,7 @@ def test_too_little_memory_is_a_problem_with_a_remedy(
 
 
 @pytest.mark.parametrize("method", ["lora", "multilora", "hydralora", "lora_moe"])
-def test_parameters_are_counted_as_peft_counts_them(
-    method: str, model: Path, data: Path
-) -> None:
+def test_parameters_are_counted_as_peft_counts_them(method: str, model: Path, data: Path) -> None:
     found = needed(model, data, f"adapter.method={method}")
     trained, total = attach(tiny_llama(), method=method).get_nb_trainable_parameters()
     assert (found.adapter_parameters, found.base_parameters) == (trained, total - trained)
@@ -230,11 +237,10 @@ def saved_bytes(method: str, batch: int, length: int) -> int:
 
 
 @pytest.mark.parametrize("method", ["lora", "hydralora", "multilora"])
-def test_activations_are_close_to_what_autograd_keeps(
-    method: str, model: Path, data: Path
-) -> None:
-    found = needed(model, data, "train.precision=fp32", "train.batch_size=4",
-                   f"adapter.method={method}")
+def test_activations_are_close_to_what_autograd_keeps(method: str, model: Path, data: Path) -> None:
+    found = needed(
+        model, data, "train.precision=fp32", "train.batch_size=4", f"adapter.method={method}"
+    )
     ratio = part(found, "activations") / 2.0 / saved_bytes(method, 4, 40)
     assert 0.9 < ratio < 1.2
 

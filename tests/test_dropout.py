@@ -25,8 +25,13 @@ def show_masks(per_branch: bool, **config: Any) -> PeftModel:
     base = nn.Linear(WIDTH, COUNT * WIDTH, bias=False, dtype=torch.float64)
     nn.init.zeros_(base.weight)
     fields = {"r": WIDTH, "lora_alpha": WIDTH, "num_branches": COUNT} | config
-    model = attach(OneLayer(base), target_modules=["linear"], lora_dropout=P,
-                   dropout_per_branch=per_branch, **fields)
+    model = attach(
+        OneLayer(base),
+        target_modules=["linear"],
+        lora_dropout=P,
+        dropout_per_branch=per_branch,
+        **fields,
+    )
     t = adapter_tensors(model)
     with torch.no_grad():
         t["A"].copy_(torch.eye(WIDTH).repeat(len(t["A"]) // WIDTH, 1))
@@ -82,8 +87,16 @@ def test_masks_are_one_or_independent_and_the_router_never_sees_them(
 
 def test_own_masks_of_uneven_branches_are_independent() -> None:
     base = nn.Linear(WIDTH, 3 + 5, bias=False, dtype=torch.float64)
-    model = attach(OneLayer(base), target_modules=["linear"], method="lora_split", r=1,
-                   lora_alpha=1, branch_ranks=[3, 5], lora_dropout=P, dropout_per_branch=True)
+    model = attach(
+        OneLayer(base),
+        target_modules=["linear"],
+        method="lora_split",
+        r=1,
+        lora_alpha=1,
+        branch_ranks=[3, 5],
+        lora_dropout=P,
+        dropout_per_branch=True,
+    )
     nn.init.zeros_(base.weight)
     t = adapter_tensors(model)
     with torch.no_grad():

@@ -143,7 +143,7 @@ def test_too_long_examples_are_given_back_and_nothing_is_cut() -> None:
     assert len(encode(long, tokenizer, 53).input_ids) == 53
 
 
-def test_a_batch_is_padded_on_the_right_and_keeps_the_end_of_turn_in_the_loss() -> None:
+def test_a_batch_is_padded_on_the_left_and_keeps_the_end_of_turn_in_the_loss() -> None:
     tokenizer = byte_tokenizer(None)
     items = [
         Example("b", "q", "", "long answer", "b.jsonl:1"),
@@ -155,12 +155,13 @@ def test_a_batch_is_padded_on_the_right_and_keeps_the_end_of_turn_in_the_loss() 
     assert batch["task_ids"].tolist() == [1, 0]
     for number, item in enumerate(encoded):
         size = len(item.input_ids)
-        assert batch["input_ids"][number, :size].tolist() == item.input_ids
-        assert batch["attention_mask"][number].tolist() == [1] * size + [0] * (14 - size)
+        assert batch["input_ids"][number, 14 - size :].tolist() == item.input_ids
+        assert batch["attention_mask"][number].tolist() == [0] * (14 - size) + [1] * size
+        assert batch["position_ids"][number, 14 - size :].tolist() == list(range(size))
         labels = batch["labels"][number]
         learned = item.input_ids[item.prompt_length :]
         assert labels[labels != -100].tolist() == learned
-        assert labels[item.prompt_length : size].tolist() == learned
+        assert labels[-len(learned) :].tolist() == learned
         assert learned[-1] == tokenizer.eos_token_id == tokenizer.pad_token_id
     assert all(value.dtype == torch.long for value in batch.values())
 

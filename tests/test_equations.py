@@ -47,10 +47,12 @@ CASES = {
     "multilora rslora": case(loops.multilora, "multilora", use_rslora=True),
     "multilora uneven": case(loops.multilora, "multilora", uneven=True),
     "multilora and shared": case(
-        loops.shared_branch_and(loops.multilora), "multilora", shared_rank=R0),
+        loops.shared_branch_and(loops.multilora), "multilora", shared_rank=R0
+    ),
     "hydralora": case(loops.hydralora, "hydralora"),
     "hydralora rslora": case(
-        loops.shared_branch_and(loops.hydralora), "hydralora", use_rslora=True, shared_rank=R0),
+        loops.shared_branch_and(loops.hydralora), "hydralora", use_rslora=True, shared_rank=R0
+    ),
     "hydralora router on Ax": case(loops.hydralora_rank_router, "hydralora", router_input="Ax"),
     "hydralora uniform": case(loops.hydralora_uniform, "hydralora", gate="uniform"),
     "lora_moe": case(loops.lora_moe, "lora_moe"),
@@ -60,11 +62,12 @@ CASES = {
     "cluster": case(loops.one_branch, "branch_per_cluster"),
     "cluster one A": case(loops.one_branch_shared_a, "branch_per_cluster", share_A=True),
     "cluster uneven and shared": case(
-        loops.shared_branch_and(loops.one_branch), "branch_per_cluster", uneven=True,
-        shared_rank=R0),
+        loops.shared_branch_and(loops.one_branch), "branch_per_cluster", uneven=True, shared_rank=R0
+    ),
     "task gate": case(loops.task_gate, "lora_moe", gate="task", num_tasks=TASKS),
-    "task gate uneven": case(loops.task_gate, "lora_moe", uneven=True, gate="task",
-                             num_tasks=TASKS),
+    "task gate uneven": case(
+        loops.task_gate, "lora_moe", uneven=True, gate="task", num_tasks=TASKS
+    ),
     "task gate one A": case(loops.task_gate_shared_a, "hydralora", gate="task", num_tasks=TASKS),
 }
 
@@ -76,8 +79,14 @@ def build(c: Case, kind: str, count: int) -> PeftModel:
     elif config["method"] != "lora":
         config["num_branches"] = count
     torch.manual_seed(count)
-    return attach(OneLayer(base_layer(kind, IN, OUT)), target_modules=["linear"], r=R,
-                  lora_alpha=ALPHA, init_weights=False, **config)
+    return attach(
+        OneLayer(base_layer(kind, IN, OUT)),
+        target_modules=["linear"],
+        r=R,
+        lora_alpha=ALPHA,
+        init_weights=False,
+        **config,
+    )
 
 
 def parts(model: PeftModel, leaves: dict[str, Tensor]) -> loops.Parts:
@@ -91,8 +100,11 @@ def parts(model: PeftModel, leaves: dict[str, Tensor]) -> loops.Parts:
         A=list(A.split(ranks)) if len(A) == sum(ranks) else [A],
         B=list(B.split(ranks, 1)) if B.shape[1] == sum(ranks) else [B],
         s=ALPHA / config.r**power,
-        R=leaves.get("router"), c=leaves.get("scale"), v=leaves.get("gate"),
-        A0=leaves.get("shared_A"), B0=leaves.get("shared_B"),
+        R=leaves.get("router"),
+        c=leaves.get("scale"),
+        v=leaves.get("gate"),
+        A0=leaves.get("shared_A"),
+        B0=leaves.get("shared_B"),
         s0=ALPHA / config.shared_rank**power if config.shared_rank else 0.0,
     )
 
@@ -102,8 +114,7 @@ def assert_equals_loop(
 ) -> None:
     """Output, gradient of every adapter tensor and of x, against the loop over tokens."""
     x = x.detach().requires_grad_()
-    up = torch.randn(*x.shape[:-1], len(model.get_base_model().weight_and_bias()[0]),
-                     dtype=x.dtype)
+    up = torch.randn(*x.shape[:-1], len(model.get_base_model().weight_and_bias()[0]), dtype=x.dtype)
     model.zero_grad()
     if ids is None:
         y = model(x)
@@ -141,6 +152,7 @@ def per_token(ids: Tensor, x: Tensor) -> Tensor:
 
 def inputs(kind: str = "linear") -> list[Tensor]:
     """Rank 2, 3 and 4, contiguous and not (of which Conv1D itself cannot take one)."""
+
     def r(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64)
 
@@ -149,10 +161,15 @@ def inputs(kind: str = "linear") -> list[Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["linear", "linear without bias", "conv1d"])
-@pytest.mark.parametrize(("name", "count"), [
-    (name, count) for name, c in CASES.items() for count in (1, 2, 3, 4, 5)
-    if count == 1 or c.config["method"] != "lora"
-])
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        (name, count)
+        for name, c in CASES.items()
+        for count in (1, 2, 3, 4, 5)
+        if count == 1 or c.config["method"] != "lora"
+    ],
+)
 def test_method_equals_its_loop(name: str, kind: str, count: int) -> None:
     c = CASES[name]
     model = build(c, kind, count)
@@ -216,8 +233,13 @@ def structures(draw: st.DrawFn) -> dict[str, Any]:
 def test_any_combination_equals_the_one_equation(s: dict[str, Any]) -> None:
     config, (n_in, n_out) = s["config"], s["sizes"]
     torch.manual_seed(s["seed"])
-    model = attach(OneLayer(base_layer("linear", n_in, n_out)), target_modules=["linear"],
-                   lora_alpha=ALPHA, init_weights=False, **config)
+    model = attach(
+        OneLayer(base_layer("linear", n_in, n_out)),
+        target_modules=["linear"],
+        lora_alpha=ALPHA,
+        init_weights=False,
+        **config,
+    )
     x = torch.randn(*s["lead"], n_in, dtype=torch.float64)
     gate = config["gate"]
     count = config.get("num_branches") or len(config["branch_ranks"])
@@ -228,9 +250,16 @@ def test_any_combination_equals_the_one_equation(s: dict[str, Any]) -> None:
 
 
 def test_rank_and_alpha_patterns_set_the_scaling_of_their_layer() -> None:
-    model = attach(OneLayer(base_layer("linear", IN, OUT)), target_modules=["linear"], r=R,
-                   lora_alpha=1.0, num_branches=3, init_weights=False,
-                   rank_pattern={"linear": 2}, alpha_pattern={"linear": 7.0})
+    model = attach(
+        OneLayer(base_layer("linear", IN, OUT)),
+        target_modules=["linear"],
+        r=R,
+        lora_alpha=1.0,
+        num_branches=3,
+        init_weights=False,
+        rank_pattern={"linear": 2},
+        alpha_pattern={"linear": 7.0},
+    )
     layer = model.get_base_model().linear
     assert layer.scaling["default"] == 3.5
     assert adapter_tensors(model)["A"].shape == (2, IN)

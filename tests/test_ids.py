@@ -22,7 +22,10 @@ IDS = torch.tensor([2, 0, -1, 1])
 SHARED = {"method": "branch_per_cluster", "shared_rank": 2}
 TASKS = {"method": "lora_split", "gate": "task", "num_tasks": 3, "shared_rank": 2}
 KINDS: list[dict[str, Any]] = [
-    {"method": "branch_per_cluster"}, SHARED, {**SHARED, "share_A": True}, TASKS
+    {"method": "branch_per_cluster"},
+    SHARED,
+    {**SHARED, "share_A": True},
+    TASKS,
 ]
 
 
@@ -31,8 +34,9 @@ def name_of(config: dict[str, Any]) -> str:
 
 
 def adapted(config: dict[str, Any], base: nn.Module | None = None) -> PeftModel:
-    return attach(tiny_llama() if base is None else base, task_type="CAUSAL_LM",
-                  init_weights=False, **config).eval()
+    return attach(
+        tiny_llama() if base is None else base, task_type="CAUSAL_LM", init_weights=False, **config
+    ).eval()
 
 
 @torch.no_grad()
@@ -51,8 +55,8 @@ def test_each_example_gets_its_own_branch_whatever_its_batch_mates(config: dict[
     batch = logits(model, IDS)
     for i, k in enumerate(IDS.tolist()):
         for one in (k, [k], torch.tensor(k)):
-            alone = logits(model, one, X[i:i + 1])
-            torch.testing.assert_close(batch[i:i + 1], alone, rtol=0, atol=2e-6)
+            alone = logits(model, one, X[i : i + 1])
+            torch.testing.assert_close(batch[i : i + 1], alone, rtol=0, atol=2e-6)
     assert torch.equal(logits(model, IDS.tolist()), batch)
     tokens = IDS.unsqueeze(1).expand(4, 7)
     torch.testing.assert_close(logits(model, tokens), batch, rtol=0, atol=2e-6)
@@ -77,14 +81,20 @@ def test_minus_one_is_the_shared_branch_alone_or_the_base_model(config: dict[str
     [
         (3, "ids must be in -1..2 (-1: the shared branch alone), got 3..3"),
         ([0, -2], "ids must be in -1..2 (-1: the shared branch alone), got -2..0"),
-        ([0.0, 1.0], "ids must be integers of shape (), (batch,) or (batch, tokens), "
-                     "got torch.float32 of shape (2,)"),
+        (
+            [0.0, 1.0],
+            "ids must be integers of shape (), (batch,) or (batch, tokens), "
+            "got torch.float32 of shape (2,)",
+        ),
         ([True], "got torch.bool of shape (1,)"),
         (torch.zeros(1, 1, 1, dtype=torch.long), "of shape (1, 1, 1)"),
         (torch.zeros(0, dtype=torch.long), "of shape (0,)"),
-        ([0, 1], "ids of shape (2,) do not fit a layer input whose leading dimensions are (4, 7); "
-                 "beam search and several returned sequences repeat each prompt: pass "
-                 "ids.repeat_interleave(2)"),
+        (
+            [0, 1],
+            "ids of shape (2,) do not fit a layer input whose leading dimensions are (4, 7); "
+            "beam search and several returned sequences repeat each prompt: pass "
+            "ids.repeat_interleave(2)",
+        ),
         ([0, 1, 2], "ids of shape (3,) do not fit a layer input whose leading dimensions are"),
         (torch.zeros(4, 6, dtype=torch.long), "ids of shape (4, 6) do not fit"),
     ],
@@ -139,9 +149,10 @@ def test_generate_with_ids_equals_generating_one_by_one(
         batch = model.generate(input_ids=X, attention_mask=mask, **options, **search)
     for i, k in enumerate(IDS.tolist()):
         with manylora.branch_ids(model, k):
-            alone = model.generate(input_ids=X[i:i + 1], attention_mask=mask[:1],
-                                   **options, **search)
-        assert torch.equal(batch[i * kept:(i + 1) * kept], alone)
+            alone = model.generate(
+                input_ids=X[i : i + 1], attention_mask=mask[:1], **options, **search
+            )
+        assert torch.equal(batch[i * kept : (i + 1) * kept], alone)
     if beams > 1:
         hint = re.escape(f"pass ids.repeat_interleave({beams})")
         with manylora.branch_ids(model, IDS), pytest.raises(ValueError, match=hint):
@@ -157,8 +168,13 @@ def test_packed_rows_with_ids_per_token_equal_separate_rows(config: dict[str, An
     document = torch.arange(4).repeat_interleave(7)
     seen = (document[:, None] == document) & torch.ones(28, 28).tril().bool()
     mask = torch.zeros(1, 1, 28, 28).masked_fill(~seen, torch.finfo(torch.float32).min)
-    packed = logits(model, IDS.repeat_interleave(7).unsqueeze(0), row,
-                    position_ids=positions, attention_mask=mask)
+    packed = logits(
+        model,
+        IDS.repeat_interleave(7).unsqueeze(0),
+        row,
+        position_ids=positions,
+        attention_mask=mask,
+    )
     torch.testing.assert_close(packed.reshape(4, 7, -1), separate, rtol=0, atol=5e-6)
 
 

@@ -84,8 +84,10 @@ def test_the_router_is_never_zero(method: str) -> None:
         assert t["router"].all()
         assert len(t["router"].unique(dim=0)) == N
         assert t["router"].abs().max() <= 1 / math.sqrt(width) * (1 + 1e-6)
-    assert_uniform(adapter_tensors(one_layer(WIDE_IN, WIDE_OUT, method=method))["router"],
-                   1 / math.sqrt(WIDE_IN))
+    assert_uniform(
+        adapter_tensors(one_layer(WIDE_IN, WIDE_OUT, method=method))["router"],
+        1 / math.sqrt(WIDE_IN),
+    )
 
 
 def test_the_learned_gate_differs_between_branches() -> None:
@@ -144,21 +146,24 @@ def plain_lora(model: PeftModel, A: Tensor, B: Tensor) -> PeftModel:
     """PEFT's own LoRA on a copy of the base layer, with the given factors."""
     base = base_layer("linear", IN, OUT)
     base.load_state_dict(model.get_base_model().linear.base_layer.state_dict())
-    lora = get_peft_model(OneLayer(base), LoraConfig(
-        r=R, lora_alpha=6, target_modules=["linear"]))
+    lora = get_peft_model(OneLayer(base), LoraConfig(r=R, lora_alpha=6, target_modules=["linear"]))
     layer = lora.get_base_model().linear
     layer.lora_A["default"].weight.data.copy_(A)
     layer.lora_B["default"].weight.data.copy_(B)
     return lora
 
 
-@pytest.mark.parametrize("config", [
-    {"method": "lora"},
-    {"method": "hydralora", "num_branches": 1},
-    {"method": "lora_split", "num_branches": 1},
-    {"method": "lora_moe", "num_branches": 1},
-    {"method": "hydralora", "num_branches": 1, "router_input": "Ax"},
-], ids=str)
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"method": "lora"},
+        {"method": "hydralora", "num_branches": 1},
+        {"method": "lora_split", "num_branches": 1},
+        {"method": "lora_moe", "num_branches": 1},
+        {"method": "hydralora", "num_branches": 1, "router_input": "Ax"},
+    ],
+    ids=str,
+)
 def test_one_branch_is_plain_lora_exactly(config: dict[str, Any]) -> None:
     model = one_layer(init_weights=False, **config)
     t = adapter_tensors(model)
@@ -188,8 +193,10 @@ def test_a_one_hot_router_is_plain_lora_with_that_branch(method: str, k: int) ->
     torch.testing.assert_close(model(x), lora(x), rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize(("method", "rank"), [
-    ("hydralora", R), ("lora_moe", N * R), ("multilora", N * R), ("lora_split", N * R)])
+@pytest.mark.parametrize(
+    ("method", "rank"),
+    [("hydralora", R), ("lora_moe", N * R), ("multilora", N * R), ("lora_split", N * R)],
+)
 def test_the_rank_of_the_update(method: str, rank: int) -> None:
     model = one_layer(method=method, init_weights=False)
     layer, t = model.get_base_model().linear, adapter_tensors(model)
@@ -197,13 +204,16 @@ def test_the_rank_of_the_update(method: str, rank: int) -> None:
         weights = (t["router"] @ x).softmax(0) if "router" in t else None
         delta = layer.get_delta_weight("default", weights)
         assert torch.linalg.matrix_rank(delta) == rank
-        torch.testing.assert_close(delta @ x, (model(x[None]) - layer.base_layer(x[None]))[0],
-                                   rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            delta @ x, (model(x[None]) - layer.base_layer(x[None]))[0], rtol=1e-12, atol=1e-12
+        )
 
 
-@pytest.mark.parametrize("config", [
-    {"num_branches": N}, {"branch_ranks": [1, 4, 2]}, {"num_branches": N, "use_rslora": True}],
-    ids=str)
+@pytest.mark.parametrize(
+    "config",
+    [{"num_branches": N}, {"branch_ranks": [1, 4, 2]}, {"num_branches": N, "use_rslora": True}],
+    ids=str,
+)
 def test_multilora_merges_into_the_sum_of_its_scaled_branches(config: dict[str, Any]) -> None:
     model = one_layer(method="multilora", init_weights=False, **config)
     t, layer = adapter_tensors(model), model.get_base_model().linear
@@ -225,8 +235,9 @@ def test_multilora_merges_into_the_sum_of_its_scaled_branches(config: dict[str, 
 
 @pytest.mark.parametrize(("method", "gate"), COMBINATIONS)
 def test_only_the_adapter_trains_and_every_branch_gets_a_gradient(method: str, gate: str) -> None:
-    model = attach(tiny_llama(), method=method, gate=gate, num_tasks=3, r=4, shared_rank=2,
-                   init_weights=False)
+    model = attach(
+        tiny_llama(), method=method, gate=gate, num_tasks=3, r=4, shared_rank=2, init_weights=False
+    )
     tokens = torch.randint(3, 60, (3, 8))
     with ids_of(model, [0, 1, 2]):
         model(input_ids=tokens, labels=tokens).loss.backward()

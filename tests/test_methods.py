@@ -78,23 +78,35 @@ def test_multilora_costs_two_and_a_half_percent() -> None:
     assert scales == 128 * 5 * 4096
 
 
-@pytest.mark.parametrize(("config", "published"), [
-    ({"method": "lora", "r": 8}, "0.0622"),
-    ({"method": "hydralora", "r": 8}, "0.1360"),  # 0.1243 and the router
-    ({"method": "lora_moe", "r": 8, "gate": "ones"}, "0.1864"),
-], ids=str)
+@pytest.mark.parametrize(
+    ("config", "published"),
+    [
+        ({"method": "lora", "r": 8}, "0.0622"),
+        ({"method": "hydralora", "r": 8}, "0.1360"),  # 0.1243 and the router
+        ({"method": "lora_moe", "r": 8, "gate": "ones"}, "0.1864"),
+    ],
+    ids=str,
+)
 def test_peft_counts_the_same_on_llama2_7b(
     config: dict[str, Any], published: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     start = time.monotonic()
     with torch.device("meta"):
-        base = LlamaForCausalLM(LlamaConfig(
-            vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
-            num_attention_heads=32))
+        base = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=32000,
+                hidden_size=4096,
+                intermediate_size=11008,
+                num_hidden_layers=32,
+                num_attention_heads=32,
+            )
+        )
     assert base.num_parameters() == LLAMA2_7B
     model = get_peft_model(
-        base, manylora.ManyLoraConfig(target_modules=["q_proj", "v_proj"], **config),
-        low_cpu_mem_usage=True)
+        base,
+        manylora.ManyLoraConfig(target_modules=["q_proj", "v_proj"], **config),
+        low_cpu_mem_usage=True,
+    )
     capsys.readouterr()
     model.print_trainable_parameters()
     assert f"trainable%: {published}" in capsys.readouterr().out
@@ -105,11 +117,18 @@ def test_peft_counts_the_same_on_llama2_7b(
 
 ABLATIONS: list[dict[str, Any]] = [
     *({"method": m} for m in METHODS),
-    *({"method": m, "gate": g, "num_tasks": 4 if g == "task" else None, "num_branches": 2}
-      for m in METHODS for g in GATES if m != "lora"),
+    *(
+        {"method": m, "gate": g, "num_tasks": 4 if g == "task" else None, "num_branches": 2}
+        for m in METHODS
+        for g in GATES
+        if m != "lora"
+    ),
     *({"method": m, "share_A": True} for m in METHODS if m != "lora"),
-    *({"method": m, "share_A": False, "share_B": True}
-      for m in METHODS if m not in ("lora", "multilora")),
+    *(
+        {"method": m, "share_A": False, "share_B": True}
+        for m in METHODS
+        if m not in ("lora", "multilora")
+    ),
     *({"method": m, "share_A": False, "branch_ranks": [1, 5, 2]} for m in METHODS if m != "lora"),
     *({"method": m, "shared_rank": 3} for m in METHODS),
     *({"method": m, "router_input": "Ax"} for m in ("hydralora", "lora_moe")),
@@ -122,8 +141,11 @@ def llama() -> LlamaForCausalLM:
 
 
 def linear_sizes(model: nn.Module) -> list[tuple[int, int]]:
-    return [(m.in_features, m.out_features) for n, m in model.named_modules()
-            if isinstance(m, nn.Linear) and n != "lm_head"]
+    return [
+        (m.in_features, m.out_features)
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Linear) and n != "lm_head"
+    ]
 
 
 @pytest.mark.parametrize("config", ABLATIONS, ids=str)
@@ -149,7 +171,11 @@ def test_the_count_is_what_peft_finds_to_train(
     budget=st.integers(1, 300_000),
 )
 def test_rank_for_budget_is_the_largest_that_fits(
-    method: str, layers: list[tuple[int, int]], count: int, shared_rank: int, router_input: str,
+    method: str,
+    layers: list[tuple[int, int]],
+    count: int,
+    shared_rank: int,
+    router_input: str,
     budget: int,
 ) -> None:
     fields: dict[str, Any] = {
@@ -189,8 +215,10 @@ WRONG_STRUCTURE: list[tuple[dict[str, Any], list[str]]] = [
     ({"method": "hydralora", "num_branches": 0}, ["num_branches=0"]),
     ({"method": "hydralora", "num_branches": -2}, ["num_branches=-2"]),
     ({"method": "lora_split", "branch_ranks": []}, ["branch_ranks=[]"]),
-    ({"method": "lora_split", "branch_ranks": [1, 2], "num_branches": 3},
-     ["num_branches=3", "branch_ranks=[1, 2]"]),
+    (
+        {"method": "lora_split", "branch_ranks": [1, 2], "num_branches": 3},
+        ["num_branches=3", "branch_ranks=[1, 2]"],
+    ),
     ({"method": "lora_split", "branch_ranks": [1, 0]}, ["branch", "ranks", "[1, 0]"]),
     ({"method": "hydralora", "r": 0}, ["r=0"]),
     ({"method": "hydralora", "gate": "top_k"}, ["gate='top_k'", "one_hot"]),
@@ -211,12 +239,16 @@ WRONG_CONFIG: list[tuple[dict[str, Any], list[str]]] = [
     ({"lora_dropout": -0.1}, ["lora_dropout=-0.1"]),
     ({"method": "multilora", "balance_loss": "switch"}, ["balance_loss='switch'", "gate='ones'"]),
     ({"gate": "uniform", "balance_loss": "switch"}, ["balance_loss='switch'", "gate='uniform'"]),
-    ({"method": "lora_split", "branch_ranks": [1, 2], "rank_pattern": {"q": 3}},
-     ["branch_ranks=[1, 2]", "rank_pattern={'q': 3}"]),
+    (
+        {"method": "lora_split", "branch_ranks": [1, 2], "rank_pattern": {"q": 3}},
+        ["branch_ranks=[1, 2]", "rank_pattern={'q': 3}"],
+    ),
     ({"rank_pattern": {"q": 0}}, ["rank_pattern={'q': 0}"]),
     ({"layers_pattern": "h"}, ["layers_pattern='h'", "layers_to_transform"]),
-    ({"target_modules": ".*q", "layers_to_transform": [1]},
-     ["layers_to_transform=[1]", "target_modules='.*q'"]),
+    (
+        {"target_modules": ".*q", "layers_to_transform": [1]},
+        ["layers_to_transform=[1]", "target_modules='.*q'"],
+    ),
     ({"format_version": 99}, ["format_version=99"]),
 ]
 

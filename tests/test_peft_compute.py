@@ -55,8 +55,9 @@ def test_a_half_precision_base_takes_adapters_of_either_precision(
 ) -> None:
     torch.manual_seed(0)
     fields = manylora.ManyLoraConfig(**config, init_weights=False, task_type="CAUSAL_LM")
-    model = get_peft_model(tiny_llama(dtype=torch.bfloat16), fields,
-                           autocast_adapter_dtype=autocast)
+    model = get_peft_model(
+        tiny_llama(dtype=torch.bfloat16), fields, autocast_adapter_dtype=autocast
+    )
     expected = torch.float32 if autocast else torch.bfloat16
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {expected}
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
@@ -108,7 +109,8 @@ def test_it_compiles_to_one_graph_equal_to_eager(config: dict[str, Any]) -> None
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for name, gradient in gradients(compiled).items():
         torch.testing.assert_close(
-            gradient, expected[name.removeprefix("_orig_mod.")], rtol=0, atol=1e-6)
+            gradient, expected[name.removeprefix("_orig_mod.")], rtol=0, atol=1e-6
+        )
 
 
 @methods
@@ -152,4 +154,5 @@ def test_three_steps_lower_the_loss_and_leave_the_base_alone(config: dict[str, A
     assert losses[-1] < losses[0] - 0.05
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, frozen[name] if name in frozen else start[name]) == (
-            name in frozen), name
+            name in frozen
+        ), name

@@ -37,14 +37,24 @@ def adapted(method: str, seed: int = 0, **config: object) -> PeftModel:
 def add(model: PeftModel, name: str, seed: int, method: str, **config: object) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model.add_adapter(name, manylora.ManyLoraConfig(
-            method=method, task_type="CAUSAL_LM", init_weights=False, **config))
+        model.add_adapter(
+            name,
+            manylora.ManyLoraConfig(
+                method=method, task_type="CAUSAL_LM", init_weights=False, **config
+            ),
+        )
 
 
 def run_fresh(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], text=True,
-                          capture_output=True, timeout=120, check=False, env=environment)
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        text=True,
+        capture_output=True,
+        timeout=120,
+        check=False,
+        env=environment,
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -57,8 +67,9 @@ def test_a_saved_adapter_loads_bit_equal_under_any_name(
     assert not torch.equal(expected, logits_of_base())
     model.save_pretrained(tmp_path)
     for name in ("default", "other"):
-        loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path, adapter_name=name,
-                                           low_cpu_mem_usage=low_cpu_mem_usage)
+        loaded = PeftModel.from_pretrained(
+            tiny_llama(), tmp_path, adapter_name=name, low_cpu_mem_usage=low_cpu_mem_usage
+        )
         assert torch.equal(logits(loaded), expected)
         assert not any(p.requires_grad for p in loaded.parameters())
 
@@ -76,8 +87,12 @@ def test_a_fresh_process_loads_it_three_ways_and_refuses_it_without_the_import(
     model = attach(base, method="multilora", task_type="CAUSAL_LM", init_weights=False)
     torch.save({"x": X, "logits": logits(model)}, tmp_path / "expected.pt")
     model.save_pretrained(tmp_path / "multilora")
-    hydra = attach(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), method="hydralora",
-                   task_type="CAUSAL_LM", init_weights=False)
+    hydra = attach(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"),
+        method="hydralora",
+        task_type="CAUSAL_LM",
+        init_weights=False,
+    )
     torch.save({"x": X, "logits": logits(hydra)}, tmp_path / "expected_hydra.pt")
     hydra.save_pretrained(tmp_path / "hydralora")
     code = """
@@ -109,15 +124,22 @@ for loader in (transformers.AutoModelForCausalLM, peft.AutoPeftModelForCausalLM)
         print(loader.__name__, error)
 """
     done = run_fresh(code, tmp_path / "multilora")
-    assert done.stdout.split() == ["AutoModelForCausalLM", "'MANYLORA'",
-                                   "AutoPeftModelForCausalLM", "'MANYLORA'"], done.stderr
+    assert done.stdout.split() == [
+        "AutoModelForCausalLM",
+        "'MANYLORA'",
+        "AutoPeftModelForCausalLM",
+        "'MANYLORA'",
+    ], done.stderr
 
 
 SHAPES = {
     "hydralora": {"A": (8, 32), "B": (32, 24), "router": (3, 32)},
     "multilora": {"A": (24, 32), "B": (32, 24), "scale": (3, 32)},
     "branch_per_cluster": {
-        "A": (24, 32), "B": (32, 24), "shared_A": (2, 32), "shared_B": (32, 2),
+        "A": (24, 32),
+        "B": (32, 24),
+        "shared_A": (2, 32),
+        "shared_B": (32, 2),
     },
 }
 
@@ -130,13 +152,16 @@ def test_the_folder_holds_safetensors_with_the_fixed_names_and_shapes(
     model = adapted(method, shared_rank=shared_rank)
     model.save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors", "README.md"
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "README.md",
     }
     layer = "base_model.model.model.layers.0.self_attn.q_proj."
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert {
         key.removeprefix(layer): tuple(tensor.shape)
-        for key, tensor in saved.items() if key.startswith(layer)
+        for key, tensor in saved.items()
+        if key.startswith(layer)
     } == {f"manylora_{part}.weight": shape for part, shape in SHAPES[method].items()}
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     parts = tuple(f"manylora_{part}.default.weight" for part in SHAPES[method])
@@ -162,8 +187,10 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     adapted("multilora").save_pretrained(tmp_path)
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 99}))
-    for load in (PeftConfig.from_pretrained,
-                 lambda path: PeftModel.from_pretrained(tiny_llama(), path)):
+    for load in (
+        PeftConfig.from_pretrained,
+        lambda path: PeftModel.from_pretrained(tiny_llama(), path),
+    ):
         with pytest.raises(ValueError, match=r"format_version=99.*pip install -U manylora"):
             load(tmp_path)
 
@@ -211,7 +238,10 @@ def test_status_print_and_parameter_counts_work(capsys: pytest.CaptureFixture[st
     model = adapted("hydralora", target_modules=["q_proj"])
     status = model.get_model_status()
     assert (status.peft_types, status.enabled, status.active_adapters) == (
-        {"default": "MANYLORA"}, True, ["default"])
+        {"default": "MANYLORA"},
+        True,
+        ["default"],
+    )
     assert status.num_adapter_layers == 2
     assert not status.merged_adapters
     assert model.get_layer_status()[0].name == "model.model.layers.0.self_attn.q_proj"

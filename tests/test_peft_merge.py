@@ -38,9 +38,18 @@ def tiny_gpt2() -> GPT2LMHeadModel:
     """Its linear layers are Conv1D, whose weight is transposed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return GPT2LMHeadModel(GPT2Config(
-            vocab_size=VOCAB, n_positions=32, n_embd=32, n_layer=2, n_head=4, bos_token_id=1,
-            eos_token_id=2, attn_implementation="eager"))
+        return GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=VOCAB,
+                n_positions=32,
+                n_embd=32,
+                n_layer=2,
+                n_head=4,
+                bos_token_id=1,
+                eos_token_id=2,
+                attn_implementation="eager",
+            )
+        )
 
 
 def adapted(base: nn.Module | None = None, **config: Any) -> PeftModel:
@@ -56,7 +65,8 @@ def logits(model: nn.Module) -> Tensor:
 def base_weights(model: nn.Module) -> dict[str, Tensor]:
     return {
         name: module.get_base_layer().weight.detach().clone()
-        for name, module in model.named_modules() if isinstance(module, ManyLoraLayer)
+        for name, module in model.named_modules()
+        if isinstance(module, ManyLoraLayer)
     }
 
 
@@ -96,8 +106,10 @@ def test_a_half_precision_base_is_restored_bit_for_bit() -> None:
     model.merge_adapter()
     layer = model.base_model.model.model.layers[0].mlp.up_proj
     assert layer.base_layer.weight.dtype == torch.bfloat16
-    expected = (before["base_model.model.model.layers.0.mlp.up_proj"].float()
-                + layer.get_delta_weight("default")).bfloat16()
+    expected = (
+        before["base_model.model.model.layers.0.mlp.up_proj"].float()
+        + layer.get_delta_weight("default")
+    ).bfloat16()
     assert torch.equal(layer.base_layer.weight, expected)
     model.unmerge_adapter()
     assert unchanged(model, before)
@@ -109,8 +121,12 @@ def test_two_adapters_merge_together_or_one_after_the_other_and_come_off() -> No
     before = base_weights(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        model.add_adapter("second", manylora.ManyLoraConfig(
-            method="lora", init_weights=False, target_modules=["q_proj", "up_proj"]))
+        model.add_adapter(
+            "second",
+            manylora.ManyLoraConfig(
+                method="lora", init_weights=False, target_modules=["q_proj", "up_proj"]
+            ),
+        )
     model.base_model.set_adapter(["default", "second"])
     both = logits(model)
     model.merge_adapter(["default"])

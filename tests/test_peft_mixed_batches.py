@@ -24,17 +24,23 @@ def adapters() -> PeftModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         model.add_adapter("hydra", manylora.ManyLoraConfig(init_weights=False))
-        model.add_adapter("multi", manylora.ManyLoraConfig(
-            method="multilora", init_weights=False, target_modules=["q_proj", "up_proj"]))
-        model.add_adapter("clusters", manylora.ManyLoraConfig(
-            method="branch_per_cluster", shared_rank=2, init_weights=False))
+        model.add_adapter(
+            "multi",
+            manylora.ManyLoraConfig(
+                method="multilora", init_weights=False, target_modules=["q_proj", "up_proj"]
+            ),
+        )
+        model.add_adapter(
+            "clusters",
+            manylora.ManyLoraConfig(method="branch_per_cluster", shared_rank=2, init_weights=False),
+        )
     return model.eval()
 
 
 @torch.no_grad()
 def alone(model: PeftModel, row: int, call: str = "forward", **options: Any) -> Tensor:
     """The result of one row by itself, with its adapter active."""
-    inputs = {"input_ids": X[row:row + 1], "attention_mask": MASK[:1]}
+    inputs = {"input_ids": X[row : row + 1], "attention_mask": MASK[:1]}
     with manylora.branch_ids(model, int(IDS[row])):
         if ROWS[row] != "__base__":
             model.set_adapter(ROWS[row])
@@ -72,8 +78,13 @@ def test_each_row_equals_its_adapter_alone(per_token: bool) -> None:
 def test_generating_a_mixed_batch_equals_generating_one_by_one(search: dict[str, Any]) -> None:
     model = adapters()
     kept = search.get("num_return_sequences", 1)
-    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0,
-               **search}
+    options = {
+        "max_new_tokens": 5,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+        **search,
+    }
     with manylora.branch_ids(model, IDS.repeat_interleave(max(kept, search.get("num_beams", 1)))):
         mixed = model.generate(input_ids=X, attention_mask=MASK, adapter_names=ROWS, **options)
     singles = [alone(model, row, "generate", **options) for row in range(5)]
@@ -108,8 +119,9 @@ def test_names_that_do_not_fit_are_refused_and_leave_no_hooks() -> None:
         for batch in (X[:3], X[:4]):
             with pytest.raises(ValueError, match="adapter_names"):
                 call(input_ids=batch, adapter_names=["multi", "__base__"])
-    with pytest.raises(ValueError, match="do not fit a layer input"), manylora.branch_ids(
-        model, [0, 1]
+    with (
+        pytest.raises(ValueError, match="do not fit a layer input"),
+        manylora.branch_ids(model, [0, 1]),
     ):
         model(input_ids=X, adapter_names=ROWS)
     model.merge_adapter()

@@ -31,8 +31,15 @@ def layers(model: nn.Module) -> dict[str, ManyLoraLayer]:
     }
 
 
-ALL = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
-       "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
+ALL = {
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+}
 
 
 @pytest.mark.parametrize(
@@ -40,16 +47,26 @@ ALL = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_
     [
         ({}, {f"{i}.{name}" for i in (0, 1) for name in ALL}),
         ({"target_modules": None}, {f"{i}.self_attn.{p}_proj" for i in (0, 1) for p in "qv"}),
-        ({"exclude_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
-         {f"{i}.mlp.{p}_proj" for i in (0, 1) for p in ("gate", "up", "down")}),
-        ({"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
-         {"1.self_attn.q_proj", "1.mlp.up_proj"}),
-        ({"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": "layers"},
-         {"0.self_attn.q_proj"}),
-        ({"target_modules": r".*\.0\..*\.(q|down)_proj"},
-         {"0.self_attn.q_proj", "0.mlp.down_proj"}),
-        ({"target_modules": r".*_proj", "exclude_modules": r".*mlp.*|.*\.1\..*"},
-         {f"0.self_attn.{p}_proj" for p in "qkvo"}),
+        (
+            {"exclude_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
+            {f"{i}.mlp.{p}_proj" for i in (0, 1) for p in ("gate", "up", "down")},
+        ),
+        (
+            {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
+            {"1.self_attn.q_proj", "1.mlp.up_proj"},
+        ),
+        (
+            {"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": "layers"},
+            {"0.self_attn.q_proj"},
+        ),
+        (
+            {"target_modules": r".*\.0\..*\.(q|down)_proj"},
+            {"0.self_attn.q_proj", "0.mlp.down_proj"},
+        ),
+        (
+            {"target_modules": r".*_proj", "exclude_modules": r".*mlp.*|.*\.1\..*"},
+            {f"0.self_attn.{p}_proj" for p in "qkvo"},
+        ),
     ],
     ids=["all-linear", "default", "exclude", "layers", "pattern", "regex", "regex-exclude"],
 )
@@ -64,14 +81,20 @@ def test_the_named_layers_are_adapted_and_no_others(
 @pytest.mark.parametrize("method", ["hydralora", "multilora"])
 def test_patterns_set_rank_and_scaling_of_the_layers_they_name(method: str) -> None:
     config: dict[str, Any] = {
-        "r": 4, "lora_alpha": 8, "shared_rank": 2, "target_modules": ["q_proj", "up_proj"],
+        "r": 4,
+        "lora_alpha": 8,
+        "shared_rank": 2,
+        "target_modules": ["q_proj", "up_proj"],
         "rank_pattern": {"q_proj": 2, r"layers\.1\..*up_proj": 6},
         "alpha_pattern": {"layers.1.self_attn.q_proj": 32.0},
     }
     found = layers(adapted(method, **config))
     assert {
-        name: (layer.manylora_B["default"].weight.shape[1], layer.scaling["default"],
-               layer.shared_scaling["default"])
+        name: (
+            layer.manylora_B["default"].weight.shape[1],
+            layer.scaling["default"],
+            layer.shared_scaling["default"],
+        )
         for name, layer in found.items()
     } == {
         "0.self_attn.q_proj": (3 * 2, 8 / 2, 8 / 2),
@@ -132,8 +155,9 @@ def test_bias_chooses_which_biases_train_and_they_are_saved(
     bias: str, expected: set[str], tmp_path: Path
 ) -> None:
     base = tiny_llama(attention_bias=True)
-    model = attach(base, method="multilora", bias=bias, task_type="CAUSAL_LM",
-                   target_modules=["q_proj"])
+    model = attach(
+        base, method="multilora", bias=bias, task_type="CAUSAL_LM", target_modules=["q_proj"]
+    )
     names = {name for name, p in model.named_parameters() if p.requires_grad and "bias" in name}
     assert {part for part in ("q_proj", "o_proj") if any(part in n for n in names)} == expected
     trained(model).save_pretrained(tmp_path)
@@ -142,8 +166,10 @@ def test_bias_chooses_which_biases_train_and_they_are_saved(
 
 
 def test_a_name_that_no_layer_has_is_answered_with_the_names_there_are() -> None:
-    message = ("no linear layer matches target_modules=['query']; this model has "
-               "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head")
+    message = (
+        "no linear layer matches target_modules=['query']; this model has "
+        "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head"
+    )
     with pytest.raises(NoMatchingPeftModuleError, match=re.escape(message)):
         adapted(target_modules=["query"])
     with pytest.raises(ValueError, match=r"target_modules='q\.\*', exclude_modules=\['k'\]; this"):
@@ -167,9 +193,11 @@ class Picture(nn.Module):
 
 @pytest.mark.parametrize(("name", "kind"), [("embed", "Embedding"), ("conv", "Conv2d")])
 def test_a_layer_that_cannot_be_adapted_is_named_with_what_to_do(name: str, kind: str) -> None:
-    message = (f"{name} is a {kind}, which manylora cannot adapt: it adapts torch.nn.Linear, "
-               "transformers' Conv1D and quantised linear layers; leave it out with "
-               "exclude_modules or narrow target_modules")
+    message = (
+        f"{name} is a {kind}, which manylora cannot adapt: it adapts torch.nn.Linear, "
+        "transformers' Conv1D and quantised linear layers; leave it out with "
+        "exclude_modules or narrow target_modules"
+    )
     with pytest.raises(ValueError, match=re.escape(message)):
         attach(Picture(), target_modules=[name])
 

@@ -39,15 +39,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def quantized(folder: Path, bits: int) -> PreTrainedModel:
     quantization = BitsAndBytesConfig(
-        load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=torch.float32)
+        load_in_4bit=bits == 4,
+        load_in_8bit=bits == 8,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32,
+    )
     return AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=quantization, dtype=torch.float32, device_map={"": "cpu"})
+        folder, quantization_config=quantization, dtype=torch.float32, device_map={"": "cpu"}
+    )
 
 
 def adapted(folder: Path, bits: int, config: dict[str, Any], **more: Any) -> PeftModel:
-    return attach(quantized(folder, bits), task_type="CAUSAL_LM",
-                  **{"init_weights": False, "lora_alpha": 8} | config | more)
+    return attach(
+        quantized(folder, bits),
+        task_type="CAUSAL_LM",
+        **{"init_weights": False, "lora_alpha": 8} | config | more,
+    )
 
 
 @torch.no_grad()
@@ -68,7 +75,8 @@ def test_it_trains_saves_and_loads(
     config: dict[str, Any], bits: int, folder: Path, tmp_path: Path
 ) -> None:
     base = prepare_model_for_kbit_training(
-        quantized(folder, bits), gradient_checkpointing_kwargs={"use_reentrant": False})
+        quantized(folder, bits), gradient_checkpointing_kwargs={"use_reentrant": False}
+    )
     model = attach(base, task_type="CAUSAL_LM", **config).train()
     layer = first_layer(model)
     assert type(layer.base_layer).__name__ == LAYERS[bits]
@@ -89,7 +97,8 @@ def test_it_trains_saves_and_loads(
     expected = logits(model)
     model.save_pretrained(tmp_path)
     base = prepare_model_for_kbit_training(
-        quantized(folder, bits), gradient_checkpointing_kwargs={"use_reentrant": False})
+        quantized(folder, bits), gradient_checkpointing_kwargs={"use_reentrant": False}
+    )
     assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path)), expected)
 
 

@@ -43,8 +43,14 @@ OPTIONS = {"max_new_tokens": 5, "eos_token_id": None, "pad_token_id": 0, "attent
 
 
 def adapted(selector: BranchSelector | None = None, **config: Any) -> PeftModel:
-    model = attach(tiny_llama(), method="branch_per_cluster", shared_rank=2, init_weights=False,
-                   task_type="CAUSAL_LM", **config).eval()
+    model = attach(
+        tiny_llama(),
+        method="branch_per_cluster",
+        shared_rank=2,
+        init_weights=False,
+        task_type="CAUSAL_LM",
+        **config,
+    ).eval()
     model.peft_config["default"].branch_selector = selector or fitted()
     return model
 
@@ -113,8 +119,11 @@ def test_an_adapter_that_lost_its_selector_is_refused(tmp_path: Path) -> None:
     adapted().save_pretrained(tmp_path / "adapter")
     tiny_llama().save_pretrained(tmp_path / "base")
     (tmp_path / "adapter" / "branch_selector.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"/adapter chooses its branch by a selector, but "
-                                         r"branch_selector.safetensors is not beside its weights"):
+    with pytest.raises(
+        ValueError,
+        match=r"/adapter chooses its branch by a selector, but "
+        r"branch_selector.safetensors is not beside its weights",
+    ):
         PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter")
 
 
@@ -186,8 +195,9 @@ def test_training_under_checkpointing_uses_the_selected_branches() -> None:
 )
 @pytest.mark.parametrize("task_type", ["CAUSAL_LM", None])
 def test_generate_chooses_from_the_prompt(search: dict[str, Any], task_type: str | None) -> None:
-    model = attach(tiny_llama(), method="branch_per_cluster", init_weights=False,
-                   task_type=task_type).eval()
+    model = attach(
+        tiny_llama(), method="branch_per_cluster", init_weights=False, task_type=task_type
+    ).eval()
     model.peft_config["default"].branch_selector = fitted()
     beams, kept = search.get("num_beams", 1), search.get("num_return_sequences", 1)
     options = {"do_sample": False, **OPTIONS, **search}
@@ -243,8 +253,12 @@ def test_mixed_batches_ask_the_selector_of_each_rows_adapter() -> None:
     model = adapted()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        model.add_adapter("turned", manylora.ManyLoraConfig(
-            method="branch_per_cluster", init_weights=False, task_type="CAUSAL_LM"))
+        model.add_adapter(
+            "turned",
+            manylora.ManyLoraConfig(
+                method="branch_per_cluster", init_weights=False, task_type="CAUSAL_LM"
+            ),
+        )
         model.add_adapter("hydra", manylora.ManyLoraConfig(init_weights=False))
     model.peft_config["turned"].branch_selector = fitted((2, 0, 1))
     rows = ["turned", "default", "__base__", "hydra"]
@@ -252,11 +266,11 @@ def test_mixed_batches_ask_the_selector_of_each_rows_adapter() -> None:
     for i, name in enumerate(rows):
         if name == "__base__":
             with model.disable_adapter():
-                alone = logits(model, PROMPTS[i:i + 1])
+                alone = logits(model, PROMPTS[i : i + 1])
         else:
             model.set_adapter(name)
-            alone = logits(model, PROMPTS[i:i + 1])
-        torch.testing.assert_close(mixed[i:i + 1], alone, rtol=0, atol=2e-6)
+            alone = logits(model, PROMPTS[i : i + 1])
+        torch.testing.assert_close(mixed[i : i + 1], alone, rtol=0, atol=2e-6)
     model.base_model.set_adapter(["default", "turned"])
     with pytest.raises(ValueError, match="default, turned each choose their own branch"):
         logits(model)

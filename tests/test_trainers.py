@@ -130,11 +130,17 @@ def test_branch_ids_column_reaches_the_adapter(tiny_folder: Path, tmp_path: Path
 
     before = {n: p.detach().clone() for n, p in model.named_parameters() if "manylora_B" in n}
     arguments = SFTConfig(
-        output_dir=str(tmp_path), remove_unused_columns=False, max_length=None,
-        dataset_kwargs={"skip_prepare_dataset": True}, **ARGUMENTS,
+        output_dir=str(tmp_path),
+        remove_unused_columns=False,
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        **ARGUMENTS,
     )
     MixedSFT(
-        model=model, args=arguments, train_dataset=Dataset.from_list(rows), data_collator=collate,
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        data_collator=collate,
         processing_class=AutoTokenizer.from_pretrained(tiny_folder),
     ).train()
     for name, start in before.items():

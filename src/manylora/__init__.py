@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
+
+# Nothing leaves the machine unasked: read by huggingface_hub when PEFT imports it.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 from manylora.adapter.config import HydraLoraConfig, ManyLoraConfig, MultiLoraConfig
 from manylora.adapter.ids import branch_ids

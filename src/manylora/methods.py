@@ -163,7 +163,13 @@ def resolve(
         raise ValueError(f"shared_rank={shared_rank} is negative; 0 means no shared branch")
     if gate == "task" and (num_tasks is None or num_tasks < 1):
         raise ValueError(f"gate='task' learns one row per task: set num_tasks (got {num_tasks})")
-    tasks = num_tasks if gate == "task" and num_tasks is not None else 0
+    if gate != "task" and num_tasks is not None:
+        raise ValueError(
+            f"num_tasks={num_tasks} is for gate='task', got gate={gate!r}; leave it out"
+        )
+    if gate != "router" and router_input != "x":
+        raise ValueError(f"router_input={router_input!r}, but gate={gate!r} has no router")
+    tasks = num_tasks or 0
     return Branches(ranks, share_A, share_B, gate, router_input, row.scaled, shared_rank, tasks)
 
 

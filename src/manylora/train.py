@@ -18,6 +18,7 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from rich.console import Console
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
 from trl import SFTConfig, SFTTrainer
@@ -36,7 +37,7 @@ from manylora.corpus import (
     print_mixture,
     sample_order,
 )
-from manylora.corpus.encode import dataset_rows
+from manylora.corpus.encode import IGNORED, dataset_rows
 from manylora.evaluate.held_out import Scorer
 from manylora.precision import resolve_precision
 from manylora.progress import GradientCheck, MetricsFile, ProgressBar
@@ -77,8 +78,43 @@ class MixtureSampler(Sampler[int]):
         return len(sample_order(self.sizes, self.strategy, self.seed, 0))
 
 
-class RunTrainer(ManyLoraTrainerMixin, SFTTrainer):  # type: ignore[misc]
-    """SFTTrainer that knows the task of each example."""
+class AnswerTrainer(SFTTrainer):  # type: ignore[misc]
+    """SFTTrainer that keeps the log-probability of each answer token in `log_probs`.
+
+    Without a GPU, TRL projects every position to the vocabulary, a third of a step on a small
+    model; here only the answers are, which the collator has aligned at the end.
+    """
+
+    log_probs: Tensor
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if inputs["input_ids"].device.type == "cpu":
+            return self._answer_loss(model, inputs, kwargs.get("num_items_in_batch"))
+        outputs: list[Any] = []
+        handle = self.model.register_forward_hook(lambda *hook: outputs.append(hook[2]))
+        try:
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+        finally:
+            handle.remove()
+        self.log_probs = outputs[0].log_probs.detach()
+        return loss
+
+    def _answer_loss(self, model: Any, inputs: dict[str, Any], items: Any) -> Tensor:
+        labels = inputs.pop("labels")
+        learned = (labels != IGNORED).any(0)
+        keep = labels.shape[1] - int(learned.int().argmax())
+        logits = model(**inputs, logits_to_keep=keep + 1, use_cache=False).logits[:, :-1]
+        wanted = labels[:, -keep:]
+        log_probs = -cross_entropy(
+            logits.flatten(0, 1).float(), wanted.flatten(), ignore_index=IGNORED, reduction="none"
+        ).view_as(wanted)
+        self.log_probs = log_probs.detach()
+        inputs["labels"] = labels
+        return -log_probs.sum() / ((wanted != IGNORED).sum() if items is None else items)
+
+
+class RunTrainer(ManyLoraTrainerMixin, AnswerTrainer):
+    """Knows the task of each example: its branch id, its loss, its place in the mixture."""
 
     def __init__(self, prepared: Prepared, sampler: MixtureSampler, **kwargs: Any) -> None:
         self.sampler = sampler
@@ -98,20 +134,15 @@ class RunTrainer(ManyLoraTrainerMixin, SFTTrainer):  # type: ignore[misc]
         if self.use_ids:
             inputs["branch_ids"] = tasks
         self.step_ids.update(tasks.tolist())
-        outputs: list[Any] = []
-        handle = self.model.register_forward_hook(lambda *hook: outputs.append(hook[2]))
-        try:
-            loss = super().compute_loss(model, inputs, *args, **kwargs)
-        finally:
-            handle.remove()
-        self._count(tasks, inputs, outputs[0].log_probs.detach())
-        return loss
-
-    def _count(self, tasks: Tensor, inputs: dict[str, Any], log_probs: Tensor) -> None:
-        answer = (inputs["labels"] != -100).sum(1)
-        for total, values in ((self.task_loss, -log_probs.sum(1)), (self.task_tokens, answer)):
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        answer = (inputs["labels"] != IGNORED).sum(1)
+        for total, values in (
+            (self.task_loss, -self.log_probs.sum(1)),
+            (self.task_tokens, answer),
+        ):
             total.index_add_(0, tasks.cpu(), values.to("cpu", torch.float64))
         self.tokens += int(inputs["attention_mask"].sum())
+        return loss
 
 
 def prepare(recipe: Recipe, console: Console) -> Prepared:

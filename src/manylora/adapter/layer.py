@@ -137,15 +137,25 @@ class ManyLoraLayer(nn.Module, BaseTunerLayer):
         """s * B [g(x) (x) A x] + s0 * B0 A0 x for one adapter; (..., out)."""
         branches, config = self.branches[adapter], self.configs[adapter]
         t = self._tensors(adapter)
-        x = self._cast_input_dtype(x, t["A"].dtype)
+        if not torch.is_autocast_enabled(x.device.type):  # which casts for each product itself
+            x = self._cast_input_dtype(x, t["A"].dtype)
         dropout = config.lora_dropout if self.training else 0.0
         weights = self._weights(adapter, x, ids, t)
-        update = self.scaling[adapter] * branch_update(
-            x, t["A"], t["B"], branches, weights, t.get("scale"), dropout, config.dropout_per_branch
+        masked = F.dropout(x, dropout) if dropout else x
+        own_masks = config.dropout_per_branch and dropout > 0
+        update = branch_update(
+            x if own_masks else masked,
+            t["A"],
+            t["B"],
+            branches,
+            self.scaling[adapter],
+            weights,
+            t.get("scale"),
+            dropout if own_masks else 0.0,
         )
         if branches.shared_rank:
-            h = F.linear(F.dropout(x, dropout) if dropout else x, t["shared_A"])
-            update = update + self.shared_scaling[adapter] * F.linear(h, t["shared_B"])
+            h = self.shared_scaling[adapter] * F.linear(masked, t["shared_A"])
+            update = update + F.linear(h, t["shared_B"])
         return update
 
     def _weights(

@@ -1,10 +1,10 @@
 """The one computation, collapsed: two products however many branches there are.
 
     h  = A drop(x)                      (..., rows of A)
-    u  = g (x) h                        (..., columns of B)
+    u  = s g (x) h                      (..., columns of B)
     dy = B' u,  B' = B diag(c)          (..., out)
 
-A shared: u = [g_1 h, ..., g_N h]. Own A: block i of h times g_i. B shared: the sum of those blocks.
+A shared: u = s [g_1 h, ..., g_N h]. Own A: block i of h times g_i. B shared: the sum of those blocks.
 The scale c_i of each branch (MultiLoRA 2311.11501) multiplies output channels, so it is folded into
 B, which costs a weight-sized product and no activations. Nothing loops over branches; the loop
 written from the papers is the reference in the tests. Faster kernels replace `branch_update` alone.
@@ -24,28 +24,29 @@ def branch_update(
     A: Tensor,
     B: Tensor,
     branches: Branches,
+    scaling: float,
     weights: Tensor | None = None,
     scale: Tensor | None = None,
-    dropout: float = 0.0,
-    dropout_per_branch: bool = False,
+    dropout_per_branch: float = 0.0,
 ) -> Tensor:
-    """B' [g (x) A drop(x)] of shape (..., out), without the factor s.
+    """s B' [g (x) A x] of shape (..., out).
 
     Args:
         x: (..., in), in the dtype of A.
         A: (rows of A, in). B: (out, columns of B).
+        scaling: s.
         weights: g, broadcastable to (..., N); None means all ones.
         scale: c, (N, out), or None.
-        dropout: probability applied to x; 0 outside training.
-        dropout_per_branch: an own mask for each branch, as the HydraLoRA authors' code.
+        dropout_per_branch: probability of a mask of its own for each branch, as in the HydraLoRA
+            authors' code; 0 where x has been masked already, or need not be.
     """
-    if dropout and dropout_per_branch:
-        h = _down_with_own_masks(x, A, branches, dropout)
+    if dropout_per_branch:
+        h = _down_with_own_masks(x, A, branches, dropout_per_branch)
     else:
-        h = F.linear(F.dropout(x, dropout) if dropout else x, A)
+        h = F.linear(x, A)
         if branches.equal_ranks:
             h = torch.unflatten(h, -1, (-1, branches.ranks[0]))
-    u = _mix(h, branches, weights)
+    u = scaling * _mix(h, branches, weights)
     return F.linear(u, fold_scale(B, branches, scale).to(u.dtype))
 
 

@@ -28,7 +28,9 @@ def softmax(logits: Tensor) -> Tensor:
 
 def router_weights(x: Tensor, router: Tensor) -> Tensor:
     """softmax(R x) over (..., N) for x (..., features) and R (N, features)."""
-    return softmax(F.linear(x.to(router.dtype), router))
+    if not torch.is_autocast_enabled(x.device.type):
+        x = x.to(router.dtype)
+    return softmax(F.linear(x, router))
 
 
 def id_weights(

@@ -28,13 +28,21 @@ def layers_of(model: nn.Module) -> list[ManyLoraLayer]:
 def balance_loss(model: nn.Module) -> Tensor | float:
     """The weighted balance losses of the last forward pass, averaged over layers; then forgotten.
 
-    0.0 when no adapter has one. Call once for each training forward pass.
+    0.0 when no adapter has one. Call once for each training forward pass. Raises RuntimeError when
+    the losses cannot reach the router.
     """
     losses = []
     for layer in layers_of(model):
         losses += list(layer.routing_loss.values())
         layer.routing_loss.clear()
-    return torch.stack([loss.float() for loss in losses]).mean() if losses else 0.0
+    if not losses:
+        return 0.0
+    if torch.is_grad_enabled() and not losses[0].requires_grad:
+        raise RuntimeError(
+            "the balance loss has no gradient: reentrant gradient checkpointing runs the forward "
+            'pass without one; use gradient_checkpointing_kwargs={"use_reentrant": False}'
+        )
+    return torch.stack([loss.float() for loss in losses]).mean()
 
 
 def keep_small_tensors_in_float32(model: nn.Module) -> None:

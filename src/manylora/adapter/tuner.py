@@ -153,8 +153,12 @@ class ManyLoraModel(BaseTuner):
         Except that PeftModelForCausalLM.forward leaves out input_ids; `forward` above sees those.
         """
         names, inputs = kwargs.get("adapter_names"), _inputs(args, kwargs)
-        handles = [] if names is None else hook_adapter_names(
-            self.model, names, inputs, self.peft_config, self.active_adapters
+        handles = (
+            []
+            if names is None
+            else hook_adapter_names(
+                self.model, names, inputs, self.peft_config, self.active_adapters
+            )
         )
         before, self._row_adapters = self._row_adapters, names
         try:

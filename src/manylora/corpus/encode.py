@@ -102,7 +102,7 @@ def dataset_rows(encoded: Iterable[Encoded], tasks: Sequence[str]) -> list[Row]:
 
 @dataclass(frozen=True, slots=True)
 class Collator:
-    """Rows to a batch, padded on the right.
+    """Rows to a batch, padded on the left with their own position ids, so that answers end together.
 
     What is padding is known from the lengths. Comparing ids with pad_token_id would also hide the
     end of turn wherever the two are one token, and the model would not learn to stop.
@@ -123,12 +123,14 @@ class Collator:
                     f"{', '.join(self.tasks)}, numbered from 0. Make rows with dataset_rows."
                 )
             ids = torch.tensor(row["input_ids"], dtype=torch.long)
-            input_ids[number, : len(ids)] = ids
-            attention_mask[number, : len(ids)] = 1
-            labels[number, row["prompt_length"] : len(ids)] = ids[row["prompt_length"] :]
+            start = shape[1] - len(ids)
+            input_ids[number, start:] = ids
+            attention_mask[number, start:] = 1
+            labels[number, start + row["prompt_length"] :] = ids[row["prompt_length"] :]
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
+            "position_ids": (attention_mask.cumsum(1) - 1).clamp(min=0),
             "labels": labels,
             "task_ids": torch.tensor([row["task_id"] for row in rows], dtype=torch.long),
         }

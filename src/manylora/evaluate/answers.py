@@ -134,7 +134,10 @@ def generate_answers(
     for batch in _batches([len(prompt) for prompt in prompts], batch_size):
         tokens, mask, _ = left_padded([prompts[i] for i in batch], pad_token_id, model.device)
         chosen = None if ids is None else torch.tensor([ids[i] for i in batch])
-        with nullcontext() if chosen is None else branch_ids(model, chosen):
+        with (
+            nullcontext() if chosen is None else branch_ids(model, chosen),
+            _no_autocast_on_cpu(model.device),
+        ):
             output = model.generate(
                 input_ids=tokens,
                 attention_mask=mask,
@@ -152,6 +155,11 @@ def generate_answers(
             ends = [new.index(eos) for eos in eos_token_ids if eos in new]
             answers[i] = new[: min(ends)] if ends else new
     return answers
+
+
+def _no_autocast_on_cpu(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast would cast every frozen weight again for each new token, longer than the token."""
+    return torch.autocast("cpu", enabled=False) if device.type == "cpu" else nullcontext()
 
 
 def _watched(

@@ -32,6 +32,7 @@ from manylora.report.plots import (
     thin,
 )
 
+
 def write_report(run: Path) -> Path:
     """Write run/report.html from the run folder's files and return its path."""
     files = read_run(run)

@@ -1,0 +1,154 @@
+"""The command as a person uses it: real arguments, exit codes, messages."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny import write_tasks
+
+from manylora.recipe import Recipe
+from manylora.train import train
+
+MODULE = "from manylora.cli import main; main()"
+
+
+def command(*arguments: object, text: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", MODULE, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        input=text,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def routed(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
+    """A run of the command itself, with one branch for each task."""
+    folder = tmp_path_factory.mktemp("cli")
+    data = write_tasks(folder / "tasks", rows=40)
+    done = command(
+        "train",
+        f"data={data}",
+        f"model={tiny_folder}",
+        f"output={folder / 'run'}",
+        "adapter.method=branch_per_cluster",
+        "adapter.r=4",
+        "train.max_steps=4",
+        "train.precision=fp32",
+        "evaluate.rows_per_task=4",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "colour" in done.stdout and "choice accuracy" in done.stdout
+    return folder / "run"
+
+
+def test_train_leaves_a_whole_run_folder(routed: Path) -> None:
+    names = {path.name for path in routed.iterdir()}
+    assert names >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "branch_selector.safetensors",
+        "recipe.yaml",
+        "metrics.jsonl",
+        "scores.json",
+        "summary.json",
+        "report.html",
+        "README.md",
+    }
+
+
+def test_predict_answers_every_row_in_order_and_names_the_branch(
+    routed: Path, tmp_path: Path
+) -> None:
+    rows = [{"instruction": "colour?", "input": "sky 1"}, {"instruction": "parity?", "input": "4"}]
+    file = tmp_path / "ask.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = command("predict", routed, file, "--max-new-tokens", 4)
+    assert done.returncode == 0, done.stderr
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["input"] for row in answers] == ["sky 1", "4"]
+    assert [row["branch"] for row in answers] == ["colour", "parity"]
+    assert all(isinstance(row["prediction"], str) for row in answers)
+    written = command("predict", routed, file, "--output", tmp_path / "out.jsonl", "--task", "copy")
+    assert written.returncode == 0, written.stderr
+    out = (tmp_path / "out.jsonl").read_text().splitlines()
+    assert [json.loads(line)["branch"] for line in out] == ["copy", "copy"]
+
+
+def test_predict_refuses_an_unknown_task_and_a_bad_row(routed: Path, tmp_path: Path) -> None:
+    file = tmp_path / "ask.jsonl"
+    file.write_text('{"instruction": "colour?", "input": "sky"}\n')
+    done = command("predict", routed, file, "--task", "nothing")
+    assert done.returncode == 1
+    assert "no task 'nothing' in this run; it has colour, copy, parity" in done.stderr
+    file.write_text('{"question": "?"}\n')
+    done = command("predict", routed, file)
+    assert done.returncode == 1
+    assert "ask.jsonl:1" in done.stderr.replace("\n", "")
+    assert "Traceback" not in done.stderr
+
+
+def test_chat_answers_and_ends(routed: Path) -> None:
+    done = command("chat", routed, "--max-new-tokens", 4, text="sky 1\n/new\nparity 3\n")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("> ") == 4
+
+
+def test_export_writes_one_lora_a_branch(routed: Path, tmp_path: Path) -> None:
+    done = command("export", routed, "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("exact, logits within") == 3
+    assert (tmp_path / "out" / "parity" / "adapter_model.safetensors").is_file()
+
+
+def test_eval_scores_again(routed: Path) -> None:
+    before = (routed / "scores.json").read_text()
+    done = command("eval", routed)
+    assert done.returncode == 0, done.stderr
+    assert (routed / "scores.json").read_text() == before
+
+
+def test_router_export_is_refused_with_the_alternative(make_recipe: Callable[..., Recipe]) -> None:
+    run = train(make_recipe(method="hydralora"))
+    done = command("export", run)
+    assert done.returncode == 1
+    assert "--static" in done.stderr and "Traceback" not in done.stderr
+    assert command("export", run, "--static").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train"], "'data' is missing"),
+        (["train", "data=/no/such/place"], "no such file or folder"),
+        (["train", "data=samples", "adapter.metod=lora"], "did you mean 'method'?"),
+        (["train", "no.yaml"], "no recipe at no.yaml"),
+        (["chat", "/no/such/run"], "not a finished run"),
+        (["eval", "."], "not a finished run"),
+        (["train", "data=samples", "model=/no/model", "output=/tmp/never"], "/no/model"),
+    ],
+)
+def test_mistakes_are_one_message_and_exit_code_1(arguments: list[str], message: str) -> None:
+    done = command(*arguments)
+    assert done.returncode == 1
+    assert message in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+
+
+def test_doctor_reports_without_a_recipe() -> None:
+    done = command("doctor")
+    assert done.returncode in (0, 1)
+    assert "peft" in done.stdout and "Traceback" not in done.stderr
+
+
+def test_help_lists_the_verbs() -> None:
+    done = command("--help")
+    assert done.returncode == 0
+    for verb in ("quickstart", "train", "eval", "predict", "chat", "export", "doctor"):
+        assert verb in done.stdout

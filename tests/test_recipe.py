@@ -1,0 +1,92 @@
+"""Recipes: what is accepted, what is refused and how, and that a saved one is the same again."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from manylora.adapter.config import ManyLoraConfig
+from manylora.recipe import AdapterRecipe, Recipe, RecipeError, load_recipe, parse_recipe
+
+
+def test_data_alone_is_a_recipe() -> None:
+    recipe = parse_recipe({"data": "my/tasks"})
+    assert recipe.adapter.method == "hydralora"
+    assert recipe.config().method == "hydralora"
+
+
+def test_changes_are_applied_and_typed() -> None:
+    recipe = load_recipe(None, ["data=d", "adapter.r=4", "train.learning_rate=2e-3", "seed=7"])
+    assert (recipe.adapter.r, recipe.train.learning_rate, recipe.seed) == (4, 0.002, 7)
+    assert load_recipe(
+        None, ["data=d", "adapter.target_modules=[q_proj]"]
+    ).config().target_modules == {"q_proj"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("adaptor.r=8", "unknown key 'adaptor'; did you mean 'adapter'?"),
+        ("adapter.lora_alpa=8", "unknown key 'adapter.lora_alpa'; did you mean 'lora_alpha'?"),
+        ("train.learningrate=1", "did you mean 'learning_rate'?"),
+        ("train.zzz=1", "known keys: epochs"),
+        ("adapter.r=eight", "adapter.r: .*got 'eight'"),
+        ("adapter.r=0", "ranks must be at least 1"),
+        ("adapter.method=hydra", "unknown method='hydra'; known methods: lora"),
+        ("adapter.lora_dropout=1.5", r"lora_dropout=1.5 must be in \[0, 1\)"),
+        ("train.epochs=0", "train.epochs: .*greater than 0"),
+        ("dtype=int8", "dtype"),
+        ("seed", "'seed' is not key=value"),
+        ("train=5", "train"),
+    ],
+)
+def test_wrong_changes_say_what_and_what_instead(change: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(None, ["data=d", change])
+
+
+def test_every_problem_is_listed_at_once() -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(None, ["train.epochs=0", "seed=-1", "modle=x"])
+    text = str(caught.value)
+    for part in ("'data' is missing", "train.epochs", "seed", "did you mean 'model'?"):
+        assert part in text
+
+
+def test_saved_recipe_loads_as_itself(tmp_path: Path) -> None:
+    recipe = load_recipe(None, ["data=d", "adapter.method=multilora", "train.max_steps=5"])
+    recipe.save(tmp_path)
+    assert load_recipe(tmp_path) == recipe
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+
+
+def test_unreadable_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no recipe at"):
+        load_recipe(tmp_path / "none.yaml")
+    for name, text in (
+        ("list.yaml", b"- a\n"),
+        ("broken.yaml", b"a: [1\n"),
+        ("bytes", b"\xff\xfe"),
+    ):
+        (tmp_path / name).write_bytes(text)
+        with pytest.raises(RecipeError, match=name):
+            load_recipe(tmp_path / name)
+
+
+def test_adapter_takes_the_fields_of_the_configuration() -> None:
+    own = {field.name for field in fields(ManyLoraConfig)}
+    assert set(AdapterRecipe.model_fields) <= own
+    assert {"method", "r", "num_branches", "gate", "shared_rank"} <= set(AdapterRecipe.model_fields)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.text(max_size=30), max_size=4))
+def test_any_change_is_a_recipe_or_a_clear_error(changes: list[str]) -> None:
+    try:
+        assert isinstance(load_recipe(None, ["data=d", *changes]), Recipe)
+    except RecipeError as error:
+        assert str(error)

@@ -1,0 +1,168 @@
+"""Scores against answers worked out by hand, and against generation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import attach
+from torch import Tensor
+
+from manylora.base import load_model, load_tokenizer
+from manylora.corpus import Corpus, Example, load_corpus
+from manylora.evaluate.answers import Question, generate_answers, score_answers
+from manylora.evaluate.held_out import evaluate_run
+from manylora.evaluate.scores import closed_answers, held_out, interval, score_tasks, token_f1
+from manylora.evaluate.table import verdict
+from manylora.inspect.routing import RoutingMeter
+from manylora.recipe import Recipe
+from manylora.train import train
+from rich.console import Console
+
+PROMPTS = [[5, 9, 30, 7], [11, 12], [40, 41, 42, 43, 44, 45, 46]]
+ANSWERS = [[8, 20, 0], [33, 0], [9, 9, 9, 0]]
+
+
+def by_hand(model: torch.nn.Module, prompt: list[int], answer: list[int]) -> tuple[float, bool]:
+    logits: Tensor = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+    predicted = torch.log_softmax(logits.double(), -1)
+    likelihood = predicted[range(len(answer)), answer].sum()
+    return float(likelihood), predicted.argmax(-1).tolist() == answer
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_answer_scores_equal_one_plain_forward_pass(tiny_folder: Path, batch_size: int) -> None:
+    model = attach(load_model(str(tiny_folder)), method="hydralora", init_weights=False).eval()
+    questions = [Question(prompt, ANSWERS, i, 0) for i, prompt in enumerate(PROMPTS)]
+    scores = score_answers(model, questions, 0, batch_size)
+    for prompt, found in zip(PROMPTS, scores, strict=True):
+        for answer, score in zip(ANSWERS, found, strict=True):
+            likelihood, greedy = by_hand(model, prompt, answer)
+            assert score.log_likelihood == pytest.approx(likelihood, abs=1e-4)
+            assert score.greedy == greedy
+            assert score.tokens == len(answer)
+
+
+def test_greedy_means_what_generation_writes(tiny_folder: Path) -> None:
+    model = load_model(str(tiny_folder))
+    written = generate_answers(model, PROMPTS, 0, [0], 3)
+    questions = [Question(p, [a[:3]], 0, 0) for p, a in zip(PROMPTS, written, strict=True)]
+    assert all(found[0].greedy for found in score_answers(model, questions, 0))
+    other = [Question(q.prompt, [[*q.answers[0][:-1], 50]], 0, 0) for q in questions]
+    assert not any(found[0].greedy for found in score_answers(model, other, 0))
+
+
+def test_generation_ignores_batch_mates_and_stops_at_its_own_limit(tiny_folder: Path) -> None:
+    model = load_model(str(tiny_folder))
+    together = generate_answers(model, PROMPTS, 0, [0], [2, 5, 3], batch_size=3)
+    alone = [generate_answers(model, [p], 0, [0], n)[0] for p, n in zip(PROMPTS, [2, 5, 3])]
+    assert together == alone
+    assert [len(answer) for answer in together] == [2, 5, 3]
+
+
+def test_perfect_model_scores_one_and_its_opposite_zero(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fake model that puts all its weight on the right answer, or none."""
+    from manylora.evaluate import scores as module
+    from manylora.evaluate.answers import AnswerScore
+
+    rows = [Example("t", "q?", str(i), "yes" if i % 2 else "no", f"t:{i}") for i in range(20)]
+    corpus = Corpus({"t": rows}, {"t": rows})
+    tasks, _ = held_out(corpus, load_tokenizer(str(tiny_folder)), 200, 20)
+    assert tasks[0].choices == ["no", "yes"]
+    for right, expected in ((True, 1.0), (False, 0.0)):
+
+        def fake(_model: object, questions: list[Question], *_: object) -> list[list[AnswerScore]]:
+            return [
+                [
+                    AnswerScore(-1.0 if (i == q.gold) == right else -9.0, 2, (i == q.gold) == right)
+                    for i in range(len(q.answers))
+                ]
+                for q in questions
+            ]
+
+        monkeypatch.setattr(module, "score_answers", fake)
+        result = score_tasks(None, load_tokenizer(str(tiny_folder)), tasks, ["t"])["t"]  # type: ignore[arg-type]
+        assert result["choice_accuracy"] == [expected] * 3
+        assert result["exact_match"] == [expected] * 3
+        assert result["nll"] == [0.5 if right else 4.5] * 3
+
+
+def test_closed_answers_need_few_repeated_ones_that_cover_the_test_rows() -> None:
+    def rows(*answers: str) -> list[Example]:
+        return [Example("t", "q", str(i), a, f"t:{i}") for i, a in enumerate(answers)]
+
+    assert closed_answers(rows(*["a", "b"] * 4), rows("a")) == ["a", "b"]
+    assert closed_answers(rows(*["a", "b"] * 4), rows("c")) == []
+    assert closed_answers(rows(*["a", "b"] * 3), rows("a")) == []
+    assert closed_answers(rows(*["a"] * 9), rows("a")) == []
+    assert closed_answers(rows(*[str(i) for i in range(21)] * 4), rows("3")) == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "expected"),
+    [
+        ("a b", "a b", 1.0),
+        ("A b c", "a b", 0.8),
+        ("x", "a", 0.0),
+        ("", "", 1.0),
+        ("", "a", 0.0),
+        ("a a", "a", 2 / 3),
+    ],
+)
+def test_token_f1(answer: str, reference: str, expected: float) -> None:
+    assert token_f1(answer, reference) == pytest.approx(expected)
+
+
+def test_interval_is_the_percentile_bootstrap_of_the_mean() -> None:
+    values = [0.0, 1.0] * 50
+    mean, low, high = interval(values)
+    assert mean == 0.5
+    # The normal approximation of the mean of 100 fair coins: 0.5 +- 1.96 * 0.05.
+    assert low == pytest.approx(0.402, abs=0.02) and high == pytest.approx(0.598, abs=0.02)
+    assert interval(values) == [mean, low, high]
+    assert interval([0.25, 0.25]) == [0.25, 0.25, 0.25]
+
+
+def test_verdict_needs_the_whole_interval_beyond_the_score_before() -> None:
+    assert verdict("nll", [2.0, 1.0, 3.0], [1.0, 0.5, 1.9]) == "better"
+    assert verdict("nll", [2.0, 1.0, 3.0], [1.0, 0.5, 2.1]) == ""
+    assert verdict("exact_match", [0.2, 0.1, 0.3], [0.5, 0.21, 0.7]) == "better"
+    assert verdict("exact_match", [0.5, 0.1, 0.9], [0.2, 0.1, 0.4]) == "worse"
+
+
+def test_routing_means_are_those_of_the_router_over_real_tokens(tiny_folder: Path) -> None:
+    model = attach(load_model(str(tiny_folder)), method="hydralora", init_weights=False).eval()
+    questions = [
+        Question(p, [a], 0, i % 2) for i, (p, a) in enumerate(zip(PROMPTS, ANSWERS, strict=True))
+    ]
+    together = RoutingMeter(model, ["a", "b", "unused"])
+    score_answers(model, questions, 0, batch_size=3, meter=together)
+    alone = RoutingMeter(model, ["a", "b", "unused"])
+    score_answers(model, questions, 0, batch_size=1, meter=alone)
+    first, second = together.result(), alone.result()
+    assert first is not None and second is not None
+    assert list(first["tasks"]) == ["a", "b"]
+    for task in ("a", "b"):
+        one, other = torch.tensor(first["tasks"][task]), torch.tensor(second["tasks"][task])
+        assert torch.allclose(one, other, atol=1e-5)
+        assert torch.allclose(one.sum(-1), torch.ones(len(one)).to(one), atol=1e-6)
+
+
+def test_evaluating_again_gives_the_same_scores(make_recipe: Callable[..., Recipe]) -> None:
+    run = train(make_recipe())
+    before = (run / "scores.json").read_text()
+    (run / "scores.json").unlink()
+    evaluate_run(run, Console(stderr=True))
+    assert (run / "scores.json").read_text() == before
+
+
+def test_rows_that_are_not_scored_are_said(tiny_folder: Path, task_folder: Path) -> None:
+    corpus = load_corpus(task_folder, holdout=0.2)
+    tasks, notes = held_out(corpus, load_tokenizer(str(tiny_folder)), 24, 100)
+    assert [task.name for task in tasks] == ["colour", "copy", "parity"]
+    assert any("colour" in note and "not scored" in note for note in notes)
+    assert all(len(task.examples) == len(task.encoded) for task in tasks)
