@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny import save_tiny_model, write_tasks
 
 from manylora.recipe import Recipe, parse_recipe
+from tiny import save_tiny_model, write_tasks
 
 
 @pytest.fixture(scope="session")

@@ -126,7 +126,7 @@ def test_dropout_keeps_the_mean(config: dict[str, Any], per_branch: bool) -> Non
 def test_a_dropped_input_gets_no_gradient_through_a(
     config: dict[str, Any], per_branch: bool
 ) -> None:
-    model = show_masks(per_branch, **config | {"gate": "ones"}).train()
+    model = show_masks(per_branch, **config | {"gate": "ones", "router_input": "x"}).train()
     torch.manual_seed(0)
     x = torch.ones(50, WIDTH, dtype=torch.float64, requires_grad=True)
     y = model(x)

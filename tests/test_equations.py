@@ -214,11 +214,13 @@ def structures(draw: st.DrawFn) -> dict[str, Any]:
         "share_A": share_A,
         "share_B": share_B,
         "gate": draw(st.sampled_from(["ones", "uniform", "router", "task", "one_hot"])),
-        "router_input": draw(st.sampled_from(["x", "Ax"])),
-        "num_tasks": draw(st.integers(1, 4)),
         "shared_rank": draw(st.integers(0, 3)),
         "r": draw(st.integers(1, 4)),
     }
+    if config["gate"] == "router":
+        config["router_input"] = draw(st.sampled_from(["x", "Ax"]))
+    if config["gate"] == "task":
+        config["num_tasks"] = draw(st.integers(1, 4))
     if share_A or share_B or draw(st.booleans()):
         config["num_branches"] = draw(st.integers(1, 4))
     else:
@@ -243,9 +245,9 @@ def test_any_combination_equals_the_one_equation(s: dict[str, Any]) -> None:
     x = torch.randn(*s["lead"], n_in, dtype=torch.float64)
     gate = config["gate"]
     count = config.get("num_branches") or len(config["branch_ranks"])
-    choices = {"task": config["num_tasks"], "one_hot": count}.get(gate)
+    choices = {"task": config.get("num_tasks"), "one_hot": count}.get(gate)
     ids = None if choices is None else torch.randint(-1, choices, (len(x),))
-    loop = partial(loops.general, gate=gate, router_input=config["router_input"])
+    loop = partial(loops.general, gate=gate, router_input=config.get("router_input", "x"))
     assert_equals_loop(model, loop, x, ids)
 
 

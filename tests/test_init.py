@@ -40,7 +40,8 @@ def test_identity_at_the_start(method: str, gate: str, more: dict[str, Any]) -> 
     base = tiny_llama()
     tokens = torch.tensor([[5, 9, 33, 20], [7, 8, 11, 2]])
     expected = base(input_ids=tokens).logits
-    model = attach(base, method=method, gate=gate, num_tasks=3, r=4, lora_dropout=0.3, **more)
+    tasks = 3 if gate == "task" else None
+    model = attach(base, method=method, gate=gate, num_tasks=tasks, r=4, lora_dropout=0.3, **more)
     with ids_of(model, [2, 0]):
         assert torch.equal(model.train()(input_ids=tokens).logits, expected)
         assert torch.equal(model.eval()(input_ids=tokens).logits, expected)
@@ -235,9 +236,9 @@ def test_multilora_merges_into_the_sum_of_its_scaled_branches(config: dict[str, 
 
 @pytest.mark.parametrize(("method", "gate"), COMBINATIONS)
 def test_only_the_adapter_trains_and_every_branch_gets_a_gradient(method: str, gate: str) -> None:
-    model = attach(
-        tiny_llama(), method=method, gate=gate, num_tasks=3, r=4, shared_rank=2, init_weights=False
-    )
+    tasks = 3 if gate == "task" else None
+    more = {"r": 4, "shared_rank": 2, "init_weights": False}
+    model = attach(tiny_llama(), method=method, gate=gate, num_tasks=tasks, **more)
     tokens = torch.randint(3, 60, (3, 8))
     with ids_of(model, [0, 1, 2]):
         model(input_ids=tokens, labels=tokens).loss.backward()

@@ -181,7 +181,7 @@ def test_rank_for_budget_is_the_largest_that_fits(
     fields: dict[str, Any] = {
         "num_branches": 1 if method == "lora" else count,
         "shared_rank": shared_rank,
-        "router_input": router_input,
+        "router_input": router_input if METHODS[method].gate == "router" else "x",
     }
 
     def cost(r: int) -> int:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from tiny import tiny_llama
 
 from manylora.cli import app
 from manylora.evaluate.table import print_scores
 from manylora.recipe import load_recipe
+from tiny import tiny_llama
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -43,8 +43,12 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     line = next(line for line in script.splitlines() if line.startswith("command="))
     done = subprocess.run(
-        ["bash", "-c", f"{line}\necho \"$command\""], cwd=ROOT, capture_output=True, text=True,
-        check=True, env={**os.environ},
+        ["bash", "-c", f'{line}\necho "$command"'],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ},
     )
     assert "pip install -c constraints.txt -e '.[test]'" in done.stdout
     assert done.stdout.strip().endswith("python -m pytest")

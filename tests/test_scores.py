@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import attach
+from rich.console import Console
 from torch import Tensor
 
 from manylora.base import load_model, load_tokenizer
@@ -19,7 +19,7 @@ from manylora.evaluate.table import verdict
 from manylora.inspect.routing import RoutingMeter
 from manylora.recipe import Recipe
 from manylora.train import train
-from rich.console import Console
+from tiny import attach
 
 PROMPTS = [[5, 9, 30, 7], [11, 12], [40, 41, 42, 43, 44, 45, 46]]
 ANSWERS = [[8, 20, 0], [33, 0], [9, 9, 9, 0]]
@@ -57,7 +57,9 @@ def test_greedy_means_what_generation_writes(tiny_folder: Path) -> None:
 def test_generation_ignores_batch_mates_and_stops_at_its_own_limit(tiny_folder: Path) -> None:
     model = load_model(str(tiny_folder))
     together = generate_answers(model, PROMPTS, 0, [0], [2, 5, 3], batch_size=3)
-    alone = [generate_answers(model, [p], 0, [0], n)[0] for p, n in zip(PROMPTS, [2, 5, 3])]
+    alone = [
+        generate_answers(model, [p], 0, [0], n)[0] for p, n in zip(PROMPTS, [2, 5, 3], strict=True)
+    ]
     assert together == alone
     assert [len(answer) for answer in together] == [2, 5, 3]
 
@@ -75,7 +77,9 @@ def test_perfect_model_scores_one_and_its_opposite_zero(
     assert tasks[0].choices == ["no", "yes"]
     for right, expected in ((True, 1.0), (False, 0.0)):
 
-        def fake(_model: object, questions: list[Question], *_: object) -> list[list[AnswerScore]]:
+        def fake(
+            _model: object, questions: list[Question], *_: object, right: bool = right
+        ) -> list[list[AnswerScore]]:
             return [
                 [
                     AnswerScore(-1.0 if (i == q.gold) == right else -9.0, 2, (i == q.gold) == right)

@@ -9,7 +9,6 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from tiny import attach, tiny_llama
 from torch import nn
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
@@ -21,6 +20,7 @@ from manylora.adapter.training import (
     keep_small_tensors_in_float32,
     layers_of,
 )
+from tiny import attach, tiny_llama
 
 
 class MixedSFT(ManyLoraTrainerMixin, SFTTrainer):

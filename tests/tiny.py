@@ -96,7 +96,7 @@ CHAT_TEMPLATE = (
 
 
 def save_tiny_model(folder: Path, **overrides: Any) -> Path:
-    """A model folder that loads offline: a tiny Llama, and a tokenizer with a token for each byte."""
+    """A model folder that loads offline: a tiny Llama and a tokenizer with a token a byte."""
     specials = ["<|end|>", "<|user|>", "<|assistant|>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate([*specials, *alphabet])}

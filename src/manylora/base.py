@@ -265,7 +265,7 @@ def _quantization(quantize: str) -> BitsAndBytesConfig:
             f"quantize={quantize!r} needs bitsandbytes, which is not installed: run  "
             "pip install 'manylora[quantized]'  or leave quantize out."
         )
-    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+    return BitsAndBytesConfig(
         load_in_8bit=quantize == "8bit",
         load_in_4bit=quantize == "4bit",
         bnb_4bit_quant_type="nf4",

@@ -181,7 +181,7 @@ def cpu_cores() -> int:
 def memory() -> tuple[int, int]:
     """Bytes of the machine's memory: all, and what a new process can have."""
     if find_spec("psutil") is not None:
-        import psutil  # type: ignore[import-untyped]
+        import psutil
 
         state = psutil.virtual_memory()
         return int(state.total), int(state.available)

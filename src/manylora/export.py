@@ -35,7 +35,7 @@ from manylora.adapter.selector import SELECTOR_FILE, BranchSelector
 from manylora.adapter.training import layers_of
 from manylora.base import load_model, resolve
 from manylora.inspect.routing import ROUTING_FILE, Routing, read_routing
-from manylora.run import recipe_of
+from manylora.run import config_of, recipe_of
 
 EXPORTS_FILE = "exports.json"
 TOLERANCE = 1e-3  # of a logit, in float32
@@ -212,7 +212,7 @@ def write_lora(
     model: PeftModel, adapter: str, weights: dict[str, Tensor | None], folder: Path
 ) -> None:
     """Write one plain LoRA: adapter_config.json and adapter_model.safetensors."""
-    config = model.peft_config[adapter]
+    config = config_of(model, adapter)
     if config.modules_to_save or config.bias != "none":
         raise ExportError(
             "the run also trained whole modules or biases (modules_to_save, bias), "

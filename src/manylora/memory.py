@@ -164,10 +164,10 @@ def config_for(recipe: Recipe, tasks: int) -> ManyLoraConfig:
 def read_shapes(source: str, config: ManyLoraConfig) -> Shapes:
     """Build the model on the meta device, which holds shapes and no numbers, and attach."""
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
             AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
         )
-    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    head = model.get_output_embeddings()
     hidden, vocabulary = _size(model.get_input_embeddings())
     shapes = Shapes(
         parameters=sum(parameter.numel() for parameter in model.parameters()),

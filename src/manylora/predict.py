@@ -15,7 +15,7 @@ from manylora.adapter.ids import branch_ids
 from manylora.adapter.selector import BranchSelector
 from manylora.corpus import CorpusError, prompt_ids, read_prompts
 from manylora.evaluate.answers import generate_answers, left_padded
-from manylora.run import load
+from manylora.run import config_of, load
 
 
 def predict_file(
@@ -35,7 +35,7 @@ def predict_file(
     examples = read_prompts(file)
     model, tokenizer = load(run)
     prompts = [prompt_ids(example.prompt, tokenizer) for example in examples]
-    selector = model.peft_config["default"].branch_selector
+    selector = config_of(model).branch_selector
     ids = None if selector is None else _choose(selector, prompts, task)
     if selector is None and task is not None:
         raise CorpusError(
@@ -74,7 +74,7 @@ def end_tokens(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int
     return sorted({*own, int(tokenizer.eos_token_id)})
 
 
-class _Pieces(TextStreamer):  # type: ignore[misc]
+class _Pieces(TextStreamer):
     """Hands each piece of text on as soon as it is whole."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, show: Callable[[str], None]) -> None:
@@ -91,13 +91,13 @@ class Conversation:
     def __init__(self, run: Path, max_new_tokens: int = 512) -> None:
         self.model, self.tokenizer = load(run)
         self.max_new_tokens = max_new_tokens
-        self.messages: list[dict[str, str]] = []
+        self.messages: list[dict[str, Any]] = []
 
     def say(self, text: str, show: Callable[[str], None], task: str | None = None) -> str:
         """The reply to `text`; `show` gets its pieces as they come. task: as in `predict_file`."""
         self.messages.append({"role": "user", "content": text})
         ids, mask, _ = left_padded([self._prompt(text)], 0, self.model.device)
-        selector = self.model.peft_config["default"].branch_selector
+        selector = config_of(self.model).branch_selector
         branch = None if selector is None else _choose(selector, ids.tolist(), task)
         ends = end_tokens(self.model, self.tokenizer)
         with nullcontext() if branch is None else branch_ids(self.model, branch):

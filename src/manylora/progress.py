@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from manylora.adapter.training import dead_gradients
 
 
-class MetricsFile(TrainerCallback):  # type: ignore[misc]
+class MetricsFile(TrainerCallback):
     """One JSON line for each logged step; losses are those since the line before."""
 
     trainer: Any
@@ -57,7 +57,7 @@ class MetricsFile(TrainerCallback):  # type: ignore[misc]
         }
 
 
-class GradientCheck(TrainerCallback):  # type: ignore[misc]
+class GradientCheck(TrainerCallback):
     """Has every branch and router got a gradient? Names those without, in the first steps.
 
     Warm-up may leave the weights where they are at the first step, so the third is the first in
@@ -86,12 +86,12 @@ class GradientCheck(TrainerCallback):  # type: ignore[misc]
             more = f" and {len(found) - 5} more" if len(found) > 5 else ""
             self.console.print(
                 f"[bold yellow]step {state.global_step + 1}: no gradient in "
-                f"{', '.join(found[:5])}{more}; these do not learn. Is the layer used by the model, "
-                "and is the loss finite?"
+                f"{', '.join(found[:5])}{more}; these do not learn. Is the layer used by the "
+                "model, and is the loss finite?"
             )
 
 
-class ProgressBar(TrainerCallback):  # type: ignore[misc]
+class ProgressBar(TrainerCallback):
     """Steps done, the last loss, and the time left."""
 
     def __init__(self, console: Console) -> None:

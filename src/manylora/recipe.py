@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import difflib
 import typing
-from dataclasses import MISSING, fields
+from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from peft import PeftConfig
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from manylora.adapter.config import ManyLoraConfig
@@ -49,14 +51,12 @@ class _Strict(BaseModel):
 
 def _adapter_fields() -> dict[str, Any]:
     hints = typing.get_type_hints(ManyLoraConfig)
-    own = typing.get_type_hints(ManyLoraConfig.__mro__[1])
+    inherited = typing.get_type_hints(PeftConfig)
+    start = ManyLoraConfig()
     return {
-        f.name: (
-            hints[f.name],
-            f.default if f.default is not MISSING else Field(default_factory=f.default_factory),
-        )  # type: ignore[arg-type]
-        for f in fields(ManyLoraConfig)
-        if f.name not in own and f.name not in _NOT_IN_A_RECIPE
+        name: (hint, Field(default_factory=partial(deepcopy, getattr(start, name))))
+        for name, hint in hints.items()
+        if name not in inherited and name not in _NOT_IN_A_RECIPE
     }
 
 

@@ -11,12 +11,13 @@ import resource
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from manylora.adapter.config import ManyLoraConfig
 from manylora.base import load_model, load_tokenizer
 from manylora.recipe import RECIPE_FILE, Recipe, load_recipe
 
@@ -31,11 +32,16 @@ def load(run: str | Path) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """
     folder = Path(run)
     recipe = recipe_of(folder)
-    model = load_model(recipe.model, recipe.dtype, recipe.quantize)
-    model = PeftModel.from_pretrained(model, str(folder))
+    base = load_model(recipe.model, recipe.dtype, recipe.quantize)
+    model = PeftModel.from_pretrained(base, str(folder))
     if torch.cuda.is_available() and recipe.quantize is None:
         model.to("cuda")
     return model.eval(), load_tokenizer(recipe.model)
+
+
+def config_of(model: PeftModel, adapter: str = "default") -> ManyLoraConfig:
+    """The configuration of a loaded adapter."""
+    return cast(ManyLoraConfig, model.peft_config[adapter])
 
 
 def recipe_of(run: Path) -> Recipe:
@@ -57,7 +63,7 @@ def write_summary(
     device = model.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     summary = {
-        "method": recipe.adapter.method,
+        "method": config_of(model).method,
         "model": recipe.model,
         "trainable_parameters": trained,
         "total_parameters": total,

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined]
 
 from manylora.adapter.selector import BranchSelector
 from manylora.adapter.training import ManyLoraTrainerMixin
@@ -78,7 +78,7 @@ class MixtureSampler(Sampler[int]):
         return len(sample_order(self.sizes, self.strategy, self.seed, 0))
 
 
-class AnswerTrainer(SFTTrainer):  # type: ignore[misc]
+class AnswerTrainer(SFTTrainer):
     """SFTTrainer that keeps the log-probability of each answer token in `log_probs`.
 
     Without a GPU, TRL projects every position to the vocabulary, a third of a step on a small
@@ -91,7 +91,7 @@ class AnswerTrainer(SFTTrainer):  # type: ignore[misc]
         if inputs["input_ids"].device.type == "cpu":
             return self._answer_loss(model, inputs, kwargs.get("num_items_in_batch"))
         outputs: list[Any] = []
-        handle = self.model.register_forward_hook(lambda *hook: outputs.append(hook[2]))
+        handle = model.register_forward_hook(lambda *hook: outputs.append(hook[2]))
         try:
             loss = super().compute_loss(model, inputs, *args, **kwargs)
         finally:

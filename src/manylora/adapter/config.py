@@ -92,7 +92,7 @@ class ManyLoraConfig(PeftConfig):
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        super().__post_init__()  # type: ignore[no-untyped-call]
+        super().__post_init__()
         self.peft_type = ManyLoraPeftType.MANYLORA
         self.branch_selector: BranchSelector | None = None
         if self.format_version > FORMAT_VERSION:

@@ -4,7 +4,7 @@
     u  = s g (x) h                      (..., columns of B)
     dy = B' u,  B' = B diag(c)          (..., out)
 
-A shared: u = s [g_1 h, ..., g_N h]. Own A: block i of h times g_i. B shared: the sum of those blocks.
+A shared: u = s [g_1 h, ..., g_N h]. Own A: block i of h times s g_i. B shared: those blocks' sum.
 The scale c_i of each branch (MultiLoRA 2311.11501) multiplies output channels, so it is folded into
 B, which costs a weight-sized product and no activations. Nothing loops over branches; the loop
 written from the papers is the reference in the tests. Faster kernels replace `branch_update` alone.

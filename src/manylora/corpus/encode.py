@@ -102,7 +102,7 @@ def dataset_rows(encoded: Iterable[Encoded], tasks: Sequence[str]) -> list[Row]:
 
 @dataclass(frozen=True, slots=True)
 class Collator:
-    """Rows to a batch, padded on the left with their own position ids, so that answers end together.
+    """Rows to a batch, padded on the left with own position ids, so that answers end together.
 
     What is padding is known from the lengths. Comparing ids with pad_token_id would also hide the
     end of turn wherever the two are one token, and the model would not learn to stop.

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -138,7 +139,8 @@ def generate_answers(
             nullcontext() if chosen is None else branch_ids(model, chosen),
             _no_autocast_on_cpu(model.device),
         ):
-            output = model.generate(
+            generate: Any = model.generate
+            output = generate(
                 input_ids=tokens,
                 attention_mask=mask,
                 do_sample=False,

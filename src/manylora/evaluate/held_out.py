@@ -14,7 +14,7 @@ from manylora.evaluate.scores import HeldOut, Metrics, held_out, score_tasks, wr
 from manylora.inspect.routing import RoutingMeter, write_routing
 from manylora.precision import autocast
 from manylora.recipe import Recipe
-from manylora.run import load, recipe_of
+from manylora.run import config_of, load, recipe_of
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Scorer:
     def adapter(self, model: PeftModel) -> tuple[dict[str, Metrics], RoutingMeter]:
         """Scores with the adapter, and where its router sent the tokens."""
         meter = RoutingMeter(model, self.corpus.tasks)
-        use_ids = model.peft_config["default"].branches_of().needs_ids
+        use_ids = config_of(model).branches_of().needs_ids
         return self._score(model, "adapter", meter, use_ids), meter
 
     def write(

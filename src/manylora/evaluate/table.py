@@ -5,20 +5,30 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from manylora.evaluate.scores import SCORES_FILE
 
 METRIC_TITLES = {
-    "nll": "answer loss (nats per token)",
+    "nll": "NLL, nats/token",
     "exact_match": "exact match",
     "choice_accuracy": "choice accuracy",
     "token_f1": "token F1",
 }
 LOWER_IS_BETTER = {"nll"}
+HEADINGS: dict[str, Literal["left", "right"]] = {
+    "task": "left",
+    "rows": "right",
+    "metric": "left",
+    "before": "right",
+    "after": "right",
+    "95 % interval": "right",
+    "": "left",
+}
 
 
 def verdict(metric: str, before: Sequence[float] | None, after: Sequence[float] | None) -> str:
@@ -33,31 +43,28 @@ def verdict(metric: str, before: Sequence[float] | None, after: Sequence[float] 
 
 
 def print_scores(run: Path, console: Console) -> None:
-    """One line a task: each metric before -> after, with the 95 % interval; * where it is better.
+    """One line for each task and metric: before, after, and the interval after.
 
-    Better means that the whole interval lies on the better side of the score before.
+    better, worse: the whole interval lies beyond the score before.
     """
     scores = json.loads((run / SCORES_FILE).read_text(encoding="utf-8"))["tasks"]
     if not scores:
         console.print("no task was scored")
         return
-    used = [m for m in METRIC_TITLES if any(m in task["after"] for task in scores.values())]
-    table = Table(
-        caption="before -> after [95 % interval]; * the interval lies wholly beyond "
-        "the score before"
-    )
-    table.add_column("task")
-    table.add_column("n", justify="right")
-    for metric in used:
-        table.add_column(METRIC_TITLES[metric])
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading, justify in HEADINGS.items():
+        table.add_column(heading, justify=justify, no_wrap=True)
     for name, task in scores.items():
-        table.add_row(name, str(task["n"]), *(_cell(task, metric) for metric in used))
+        for metric in [metric for metric in METRIC_TITLES if metric in task["after"]]:
+            before, after = task["before"][metric], task["after"][metric]
+            first = metric == next(iter(task["after"]))
+            table.add_row(
+                name if first else "",
+                str(task["n"]) if first else "",
+                METRIC_TITLES[metric],
+                f"{before[0]:.2f}",
+                f"{after[0]:.2f}",
+                f"{after[1]:.2f} to {after[2]:.2f}",
+                verdict(metric, before, after),
+            )
     console.print(table)
-
-
-def _cell(task: dict[str, Any], metric: str) -> str:
-    if metric not in task["after"]:
-        return ""
-    before, after = task["before"][metric], task["after"][metric]
-    mark = {"better": " *", "worse": " !", "": ""}[verdict(metric, before, after)]
-    return f"{before[0]:.2f} -> {after[0]:.2f} \\[{after[1]:.2f}, {after[2]:.2f}]{mark}"

@@ -54,12 +54,10 @@ class RoutingMeter:
 
         def watch(layer: ManyLoraLayer, args: tuple[Any, ...]) -> None:
             x = args[0]
+            t = layer._tensors(self.adapter)
             if layer.branches[self.adapter].router_input == "Ax":
-                x = F.linear(
-                    x.to(layer.manylora_A[self.adapter].weight.dtype),
-                    layer.manylora_A[self.adapter].weight,
-                )
-            weights = router_weights(x, layer.manylora_router[self.adapter].weight)
+                x = F.linear(x.to(t["A"].dtype), t["A"])
+            weights = router_weights(x, t["router"])
             total = share.flatten(0, 1).T @ weights.double().flatten(0, -2)
             self.sums[layer.name] = self.sums.get(layer.name, torch.zeros(())) + total.cpu()
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from manylora.evaluate.table import LOWER_IS_BETTER, METRIC_TITLES, verdict
-from manylora.report.files import Interval, LoggedStep, Routing, Scores, Summary, read_run
+from manylora.report.files import LoggedStep, Routing, Scores, Summary, read_run
 from manylora.report.plots import (
     Axis,
     DotPlot,
