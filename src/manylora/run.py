@@ -17,12 +17,13 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from manylora import __version__
 from manylora.adapter.config import ManyLoraConfig
 from manylora.base import load_model, load_tokenizer
 from manylora.recipe import RECIPE_FILE, Recipe, load_recipe
 
 SUMMARY_FILE = "summary.json"
-PACKAGES = ("manylora", "torch", "peft", "transformers", "trl", "accelerate")
+PACKAGES = ("torch", "peft", "transformers", "trl", "accelerate")
 
 
 def load(run: str | Path) -> tuple[PeftModel, PreTrainedTokenizerBase]:
@@ -70,7 +71,7 @@ def write_summary(
         "train_rows": sum(row["rows"] for row in mixture),
         "device": name,
         "peak_memory_bytes": peak_memory(device),
-        "versions": {package: version(package) for package in PACKAGES},
+        "versions": {"manylora": __version__, **{name: version(name) for name in PACKAGES}},
         "mixture": list(mixture),
         **measured,
     }
