@@ -74,6 +74,7 @@ def test_run_loads_from_its_folder_alone(make_recipe: Make) -> None:
     run = train(recipe)
     model, tokenizer = manylora.load(run)
     assert not model.training
+    model.cpu()
     base = load_model(recipe.model)
     tokens = torch.tensor([tokenizer("sky 3")["input_ids"]])
     with torch.inference_mode():

@@ -91,7 +91,7 @@ class ManyLoraTrainerMixin:
         """
         given = kwargs.get("num_items_in_batch", args[1] if len(args) > 1 else None)
         trainer: Any = self
-        summed = trainer.loss_is_scaled_for_ga
+        summed = getattr(trainer, "loss_is_scaled_for_ga", None)  # not in transformers 5.17
         if summed is None:
             summed = (trainer.model_accepts_loss_kwargs and given is not None) or (
                 trainer.compute_loss_func is not None
