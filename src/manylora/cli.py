@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 import warnings
@@ -13,14 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-
-# Before transformers is imported: its own progress bars and advice are not this command's output.
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if not sys.stderr.isatty():
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-warnings.filterwarnings("ignore", category=FutureWarning)
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+from transformers.utils import logging
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -164,8 +156,18 @@ def _ask() -> str:
         return ""
 
 
+def _quiet() -> None:
+    """The libraries' advice and bars are not this command's output."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
 def main() -> None:
     """The entry point: errors that a person can act on are one message and exit code 1."""
+    _quiet()
     run: Callable[..., Any] = app
     try:
         run()

@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+import psutil
 import torch
 from huggingface_hub import constants as hub_constants
 from packaging.requirements import Requirement
@@ -30,7 +31,7 @@ from manylora.base import (
     resolve,
 )
 from manylora.corpus import Corpus, CorpusError, load_corpus
-from manylora.memory import Estimate, config_for, estimate, longest_rows
+from manylora.memory import Estimate, estimate, longest_rows
 from manylora.precision import cpu_has_bf16, resolve_precision
 from manylora.recipe import Recipe
 
@@ -180,13 +181,8 @@ def cpu_cores() -> int:
 
 def memory() -> tuple[int, int]:
     """Bytes of the machine's memory: all, and what a new process can have."""
-    if find_spec("psutil") is not None:
-        import psutil
-
-        state = psutil.virtual_memory()
-        return int(state.total), int(state.available)
-    page = os.sysconf("SC_PAGE_SIZE")
-    return page * os.sysconf("SC_PHYS_PAGES"), page * os.sysconf("SC_AVPHYS_PAGES")
+    state = psutil.virtual_memory()
+    return int(state.total), int(state.available)
 
 
 def _base_model(model: str) -> Iterator[Finding]:
@@ -285,7 +281,7 @@ def _data(recipe: Recipe) -> Iterator[Finding]:
     rows = sum(map(len, corpus.train.values()))
     tasks = len(corpus.tasks)
     yield Finding("data", "ok", f"{recipe.data}: {tasks} task(s), {rows:,} training rows")
-    branches = config_for(recipe, tasks).branches_of()
+    branches = recipe.config(tasks).branches_of()
     if branches.gate == "one_hot" and branches.count != tasks:
         yield Finding(
             "data",

@@ -103,7 +103,7 @@ def estimate(
 
     Raises OSError or ValueError when the config cannot be read or the adapter does not fit it.
     """
-    shapes = read_shapes(source, config_for(recipe, tasks))
+    shapes = read_shapes(source, recipe.config(tasks))
     kind = "cuda" if device.type == "cuda" else "cpu"
     precision = resolve_precision(recipe.train.precision, device)
     width = 4 if precision == "fp32" else 2
@@ -152,15 +152,6 @@ def longest_rows(corpus: Corpus, source: str, max_length: int) -> tuple[int, int
     return longest, max(item.answer_tokens for item in encoded)
 
 
-def config_for(recipe: Recipe, tasks: int) -> ManyLoraConfig:
-    """The adapter as training attaches it: a one-hot gate gets a branch for each task."""
-    config = recipe.config(num_tasks=tasks)
-    free = config.num_branches is None and config.branch_ranks is None
-    if free and config.branches_of().gate == "one_hot":
-        config = recipe.config(num_tasks=tasks, num_branches=tasks)
-    return config
-
-
 def read_shapes(source: str, config: ManyLoraConfig) -> Shapes:
     """Build the model on the meta device, which holds shapes and no numbers, and attach."""
     with torch.device("meta"):
@@ -189,7 +180,7 @@ def read_shapes(source: str, config: ManyLoraConfig) -> Shapes:
 
 def token_bytes(recipe: Recipe, shapes: Shapes, width: int) -> float:
     """Bytes that backward needs for each token of a batch, over all blocks."""
-    config = recipe.config(num_tasks=1)
+    config = recipe.config()
     total = 0.0
     shared_inputs = set()
     for name, (n_in, n_out) in shapes.linears.items():

@@ -107,8 +107,7 @@ class Recipe(_Strict):
 
     @model_validator(mode="after")
     def _adapter_fits(self) -> Recipe:
-        # gate="task" learns its row count from the corpus; any number checks the other fields.
-        self.config(num_tasks=1)
+        self.config()
         return self
 
     @property
@@ -119,12 +118,20 @@ class Recipe(_Strict):
     def run(self) -> Path:
         return Path(self.output)
 
-    def config(self, num_tasks: int | None = None, **overrides: Any) -> ManyLoraConfig:
-        """The adapter's configuration; num_tasks is used by a learned gate alone."""
-        values = {**self.adapter.model_dump(), "task_type": "CAUSAL_LM", **overrides}
+    def config(self, tasks: int = 1) -> ManyLoraConfig:
+        """The adapter's configuration for a corpus of that many tasks.
+
+        A learned gate gets a row for each task; a one-hot gate a branch for each, unless the
+        recipe says how many.
+        """
+        values = {**self.adapter.model_dump(), "task_type": "CAUSAL_LM"}
         if values["gate"] == "task":
-            values["num_tasks"] = num_tasks
-        return ManyLoraConfig(**values)
+            values["num_tasks"] = tasks
+        config = ManyLoraConfig(**values)
+        free = values["num_branches"] is None and values["branch_ranks"] is None
+        if free and config.branches_of().gate == "one_hot":
+            config = ManyLoraConfig(**{**values, "num_branches": tasks})
+        return config
 
     def save(self, folder: Path) -> None:
         text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

@@ -92,7 +92,7 @@ def _cpu_name() -> str:
 
 def write_card(run: Path, recipe: Recipe, tasks: Sequence[str]) -> None:
     """README.md: the model card, with the import without which the adapter does not load."""
-    config = recipe.config(num_tasks=len(tasks))
+    config = recipe.config(len(tasks))
     (run / "README.md").write_text(
         f"""---
 base_model: {recipe.model}

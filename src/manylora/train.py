@@ -165,7 +165,7 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
     base = load_model(recipe.model, recipe.dtype, recipe.quantize)
     if recipe.quantize is not None:
         base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
-    config = adapter_config(recipe, corpus.tasks)
+    config = recipe.config(len(corpus.tasks))
     branches = config.branches_of()
     if branches.gate == "one_hot" and branches.count != len(corpus.tasks):
         raise ValueError(
@@ -178,15 +178,6 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
     if torch.cuda.is_available() and recipe.quantize is None:
         model.to("cuda")
     return Prepared(recipe, corpus, tokenizer, model, train, branches.needs_ids)
-
-
-def adapter_config(recipe: Recipe, tasks: list[str]) -> Any:
-    """The recipe's adapter; a one-hot gate gets a branch for each task unless told otherwise."""
-    config = recipe.config(num_tasks=len(tasks))
-    per_task = config.branches_of().gate == "one_hot"
-    if per_task and config.num_branches is None and config.branch_ranks is None:
-        config = recipe.config(num_tasks=len(tasks), num_branches=len(tasks))
-    return config
 
 
 def fit_selector(train: dict[str, list[Encoded]], tasks: list[str]) -> BranchSelector:

@@ -60,10 +60,9 @@ class Scorer:
     ) -> dict[str, Metrics]:
         rows = sum(len(task.examples) for task in self.tasks)
         model.eval()
-        with (
-            self.console.status(f"scoring the {what} on {rows} held-out rows"),
-            autocast(self.recipe.train.precision, model.device),
-        ):
+        if rows:
+            self.console.print(f"scoring the {what} on {rows} held-out rows")
+        with autocast(self.recipe.train.precision, model.device):
             return score_tasks(
                 model,
                 self.tokenizer,

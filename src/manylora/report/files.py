@@ -5,11 +5,12 @@ Fields that the report doesn't show are not declared, and are ignored when prese
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, TypeAdapter, ValidationError
 
 Interval = tuple[float, float, float]  # mean, low, high (95 %)
 
@@ -21,11 +22,15 @@ class TaskLoss(BaseModel):
     tokens: int
 
 
+# JSON has no NaN: a loss that was lost is written as null.
+Loss = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+
+
 class LoggedStep(BaseModel):
     """One line of metrics.jsonl."""
 
     step: int
-    loss: float
+    loss: Loss
     learning_rate: float
     tokens_per_second: float
     tasks: dict[str, TaskLoss]
