@@ -1,6 +1,6 @@
 """Keep a run's raw results under benchmarks/results/, with the commit that made them.
 
-    python benchmarks/keep_run.py runs/quickstart quickstart
+python benchmarks/keep_run.py runs/quickstart quickstart
 """
 
 from __future__ import annotations

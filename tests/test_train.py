@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
+from rich.console import Console
 from safetensors.torch import load_file
 
 import manylora
 from manylora.base import load_model
+from manylora.evaluate.held_out import evaluate_run
 from manylora.recipe import Recipe, load_recipe, parse_recipe
 from manylora.report.page import write_report
 from manylora.train import MixtureSampler, train
+from tiny import save_tiny_model
 
 Make = Callable[..., Recipe]
 
@@ -95,6 +99,37 @@ def test_saved_recipe_gives_the_same_run_again(make_recipe: Make, tmp_path: Path
     assert all(torch.equal(first[key], second[key]) for key in first)
     for name in ("scores.json", "routing.json"):
         assert (run / name).read_text() == (again / name).read_text()
+
+
+def test_run_means_the_same_from_another_folder(
+    make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = make_recipe().model_dump()
+    for key in ("model", "data"):
+        monkeypatch.chdir(Path(values[key]).parent)
+        values[key] = Path(values[key]).name
+        shutil.copytree(values[key], tmp_path / values[key])
+    monkeypatch.chdir(tmp_path)
+    run = train(parse_recipe(values)).resolve()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    manylora.load(run)
+    evaluate_run(run, Console(stderr=True))
+
+
+@pytest.mark.parametrize("quantize", ["4bit", "8bit"])
+def test_quantised_base_trains_and_loads(make_recipe: Make, quantize: str, tmp_path: Path) -> None:
+    values = make_recipe(method="multilora").model_dump()
+    values["model"] = str(save_tiny_model(tmp_path / "model", hidden_size=64, intermediate_size=64))
+    run = train(parse_recipe({**values, "quantize": quantize}))
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["dead_gradients"] == []
+    saved = load_file(str(run / "adapter_model.safetensors"))
+    scales = {t.dtype for name, t in saved.items() if "manylora_scale" in name}
+    assert scales == {torch.float32}
+    assert any(t.any() for name, t in saved.items() if "manylora_scale" in name)
+    model, _ = manylora.load(run)
+    assert model.config.quantization_config.load_in_4bit == (quantize == "4bit")
 
 
 def test_accumulated_steps_equal_whole_batches(make_recipe: Make, tmp_path: Path) -> None:

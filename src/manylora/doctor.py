@@ -8,20 +8,15 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
 
 import psutil
 import torch
 from huggingface_hub import constants as hub_constants
 from packaging.requirements import Requirement
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from manylora.base import (
     DEFAULT_MODEL,
@@ -31,27 +26,16 @@ from manylora.base import (
     resolve,
 )
 from manylora.corpus import Corpus, CorpusError, load_corpus
+from manylora.findings import Finding, print_findings
 from manylora.memory import Estimate, estimate, longest_rows
 from manylora.precision import cpu_has_bf16, resolve_precision
 from manylora.recipe import Recipe
 
-Status = Literal["ok", "note", "problem"]
+__all__ = ["Finding", "examine", "print_findings"]
 
 _SHOWN = ("torch", "peft", "transformers", "trl", "accelerate", "datasets")
-_COLOURS = {"ok": "green", "note": "yellow", "problem": "red"}
 _DEFAULT_NEEDS = 0.8e9
 _RUN_NEEDS = 0.2e9
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing looked at; a problem would stop the run. table: rows to show below the text."""
-
-    topic: str
-    status: Status
-    text: str
-    remedy: str = ""
-    table: tuple[tuple[str, str, str], ...] = ()
 
 
 def examine(recipe: Recipe | None) -> list[Finding]:
@@ -61,36 +45,6 @@ def examine(recipe: Recipe | None) -> list[Finding]:
     if recipe is not None:
         findings += [*_settings(recipe), *_data(recipe)]
     return findings
-
-
-def print_findings(findings: Sequence[Finding], console: Console) -> int:
-    """Show the findings by topic; returns the exit code, 1 when something would stop the run."""
-    topic = ""
-    for finding in findings:
-        if finding.topic != topic:
-            topic = finding.topic
-            console.print(f"[bold]{topic}")
-        colour = _COLOURS[finding.status]
-        console.print(f"  [{colour}]{finding.status:<8}[/]{escape(finding.text)}", highlight=False)
-        if finding.remedy:
-            console.print(f"          [cyan]{escape(finding.remedy)}", highlight=False)
-        if finding.table:
-            console.print(_table(finding.table))
-    problems = sum(finding.status == "problem" for finding in findings)
-    console.print(
-        f"[red]{problems} problem(s) would stop a run"
-        if problems
-        else "[green]nothing found that would stop a run"
-    )
-    return 1 if problems else 0
-
-
-def _table(rows: tuple[tuple[str, str, str], ...]) -> Table:
-    table = Table("for", "GB", "how", box=None, padding=(0, 2, 0, 8))
-    table.columns[1].justify = "right"
-    for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
-    return table
 
 
 def _packages() -> Iterator[Finding]:

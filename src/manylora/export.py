@@ -15,52 +15,29 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from manylora.adapter.ids import branch_ids
-from manylora.adapter.layer import ManyLoraLayer, not_mergeable
+from manylora.adapter.layer import ManyLoraLayer
 from manylora.adapter.ops import fold_scale
+from manylora.adapter.router import not_mergeable
 from manylora.adapter.selector import SELECTOR_FILE, BranchSelector
 from manylora.adapter.training import layers_of
 from manylora.base import load_model, resolve
 from manylora.inspect.routing import ROUTING_FILE, Routing, read_routing
+from manylora.plain_peft import PlainPeftError, plain_logits
 from manylora.run import config_of, recipe_of
 
 EXPORTS_FILE = "exports.json"
 TOLERANCE = 1e-3  # of a logit, in float32
-
-# Runs in a process of its own, which must never import manylora.
-_PLAIN_PEFT = """
-import sys, torch
-from peft import PeftModel
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
-base, data, *folders = sys.argv[1:]
-tokens = load_file(data)["tokens"]
-model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-logits = {}
-for i, folder in enumerate(folders):
-    if i == 0:
-        model = PeftModel.from_pretrained(model, folder, adapter_name="0").eval()
-    else:
-        model.load_adapter(folder, adapter_name=str(i))
-    model.set_adapter(str(i))
-    with torch.inference_mode():
-        logits[str(i)] = model(input_ids=tokens).logits.contiguous()
-assert not any(name.split(".")[0] == "manylora" for name in sys.modules)
-save_file(logits, data)
-"""
 
 
 class ExportError(RuntimeError):
@@ -183,7 +160,7 @@ def lora_factors(
 ) -> tuple[Tensor, Tensor]:
     """A (rank, in) and B (out, rank) with B A the layer's whole update, scaling baked into B.
 
-    weights: mixing weights (N,); None where the method has constant ones. Float32.
+    weights: mixing weights (N,); None where the method has constant ones. At least float32.
     """
     branches = layer.branches[adapter]
     t = {part: tensor.detach().double().cpu() for part, tensor in layer._tensors(adapter).items()}
@@ -205,7 +182,8 @@ def lora_factors(
     if branches.shared_rank:
         A = torch.cat([A, t["shared_A"]])
         B = torch.cat([B, layer.shared_scaling[adapter] * t["shared_B"]], 1)
-    return A.float(), B.float()
+    dtype = torch.promote_types(layer._tensors(adapter)["A"].dtype, torch.float32)
+    return A.to(dtype), B.to(dtype)
 
 
 def write_lora(
@@ -265,16 +243,14 @@ def _check(
     tokens = torch.randint(
         0, model.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0)
     )
-    live = [_live_logits(model, adapter, plan, tokens) for plan in plans]
-    with tempfile.TemporaryDirectory() as temporary:
-        data = Path(temporary) / "logits.safetensors"
-        save_file({"tokens": tokens}, str(data))
-        command = [sys.executable, "-c", _PLAIN_PEFT, resolve(base), str(data), *map(str, folders)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise ExportError(f"plain PEFT could not load the export:\n{done.stderr[-2000:]}")
-        plain = load_file(str(data))
-    differences = [float((plain[str(i)] - logits).abs().max()) for i, logits in enumerate(live)]
+    try:
+        plain = plain_logits(resolve(base), folders, tokens)
+    except PlainPeftError as error:
+        raise ExportError(f"plain PEFT could not load the export: {error}") from None
+    differences = [
+        float((logits - _live_logits(model, adapter, plan, tokens)).abs().max())
+        for plan, logits in zip(plans, plain, strict=True)
+    ]
     for folder, difference in zip(folders, differences, strict=True):
         if not difference <= TOLERANCE:
             raise ExportError(

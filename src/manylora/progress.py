@@ -20,8 +20,8 @@ class MetricsFile(TrainerCallback):
 
     trainer: Any
 
-    def __init__(self, path: Path, tasks: list[str]) -> None:
-        self.path, self.tasks = path, tasks
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self.started = self.last = time.perf_counter()
         self.last_tokens = 0
 
@@ -31,6 +31,7 @@ class MetricsFile(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs:
             return
+        losses = self.trainer.read_task_losses()
         now, tokens = time.perf_counter(), self.trainer.tokens
         line = {
             "step": state.global_step,
@@ -40,21 +41,14 @@ class MetricsFile(TrainerCallback):
             "grad_norm": _finite(logs.get("grad_norm", 0.0)),
             "tokens": tokens,
             "tokens_per_second": round((tokens - self.last_tokens) / (now - self.last), 1),
-            "tasks": self._task_losses(),
+            "tasks": {
+                task: {"loss": _finite(loss / count), "tokens": count}
+                for task, (loss, count) in losses.items()
+            },
         }
         self.last, self.last_tokens = now, tokens
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-
-    def _task_losses(self) -> dict[str, dict[str, float]]:
-        losses, tokens = self.trainer.task_loss.tolist(), self.trainer.task_tokens.tolist()
-        self.trainer.task_loss.zero_()
-        self.trainer.task_tokens.zero_()
-        return {
-            task: {"loss": loss / count, "tokens": int(count)}
-            for task, loss, count in zip(self.tasks, losses, tokens, strict=True)
-            if count
-        }
 
 
 class GradientCheck(TrainerCallback):

@@ -133,6 +133,12 @@ class Recipe(_Strict):
             config = ManyLoraConfig(**{**values, "num_branches": tasks})
         return config
 
+    def resolved(self) -> Recipe:
+        """The same recipe with its local folders absolute, so that it means the same anywhere."""
+        data = self.data if self.data == BUNDLED else str(Path(self.data).resolve())
+        model = str(Path(self.model).resolve()) if Path(self.model).is_dir() else self.model
+        return self.model_copy(update={"data": data, "model": model})
+
     def save(self, folder: Path) -> None:
         text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
         (folder / RECIPE_FILE).write_text(text, encoding="utf-8")

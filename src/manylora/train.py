@@ -81,7 +81,7 @@ class MixtureSampler(Sampler[int]):
 class AnswerTrainer(SFTTrainer):
     """SFTTrainer that keeps the log-probability of each answer token in `log_probs`.
 
-    Without a GPU, TRL projects every position to the vocabulary, a third of a step on a small
+    Without a GPU, TRL projects every position to the vocabulary, a large part of a step on a small
     model; here only the answers are, which the collator has aligned at the end.
     """
 
@@ -121,8 +121,7 @@ class RunTrainer(ManyLoraTrainerMixin, AnswerTrainer):
         self.use_ids = prepared.use_ids
         self.tasks = prepared.corpus.tasks
         self.step_ids: set[int] = set()
-        self.task_loss = torch.zeros(len(self.tasks), dtype=torch.float64)
-        self.task_tokens = torch.zeros(len(self.tasks), dtype=torch.float64)
+        self.unread: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         self.tokens = 0
         super().__init__(model=prepared.model, processing_class=prepared.tokenizer, **kwargs)
 
@@ -133,16 +132,27 @@ class RunTrainer(ManyLoraTrainerMixin, AnswerTrainer):
         tasks: Tensor = inputs.pop("task_ids")
         if self.use_ids:
             inputs["branch_ids"] = tasks
-        self.step_ids.update(tasks.tolist())
+        if self.state.global_step < GradientCheck.STEPS:
+            self.step_ids.update(tasks.tolist())
         loss = super().compute_loss(model, inputs, *args, **kwargs)
-        answer = (inputs["labels"] != IGNORED).sum(1)
-        for total, values in (
-            (self.task_loss, -self.log_probs.sum(1)),
-            (self.task_tokens, answer),
-        ):
-            total.index_add_(0, tasks.cpu(), values.to("cpu", torch.float64))
-        self.tokens += int(inputs["attention_mask"].sum())
+        answers = (inputs["labels"] != IGNORED).sum(1)
+        tokens = inputs["attention_mask"].sum()
+        self.unread.append((tasks, -self.log_probs.sum(1), answers, tokens))
         return loss
+
+    def read_task_losses(self) -> dict[str, tuple[float, int]]:
+        """Summed loss (nats) and answer tokens of each task since the last call; counts tokens."""
+        losses = torch.zeros(2, len(self.tasks), dtype=torch.float64)
+        for tasks, loss, answers, tokens in self.unread:
+            losses[0].index_add_(0, tasks.cpu(), loss.to("cpu", torch.float64))
+            losses[1].index_add_(0, tasks.cpu(), answers.to("cpu", torch.float64))
+            self.tokens += int(tokens)
+        self.unread.clear()
+        return {
+            task: (loss, int(count))
+            for task, loss, count in zip(self.tasks, *losses.tolist(), strict=True)
+            if count
+        }
 
 
 def prepare(recipe: Recipe, console: Console) -> Prepared:
@@ -191,6 +201,7 @@ def train(recipe: Recipe, console: Console | None = None) -> Path:
     """Run a recipe and return its run folder, complete with adapter, scores and report data."""
     console = console or Console(stderr=True)
     refuse_used_folder(recipe.run)
+    recipe = recipe.resolved()
     prepared = prepare(recipe, console)
     run = recipe.run
     run.mkdir(parents=True, exist_ok=True)
@@ -233,7 +244,7 @@ def fit(prepared: Prepared, run: Path, console: Console) -> tuple[RunTrainer, li
     sizes = {task: len(prepared.train[task]) for task in tasks}
     rows = dataset_rows((item for task in tasks for item in prepared.train[task]), tasks)
     check = GradientCheck(ADAPTER, console)
-    metrics = MetricsFile(run / "metrics.jsonl", tasks)
+    metrics = MetricsFile(run / "metrics.jsonl")
     trainer = RunTrainer(
         prepared,
         MixtureSampler(sizes, recipe.mixture, recipe.seed),
@@ -245,6 +256,7 @@ def fit(prepared: Prepared, run: Path, console: Console) -> tuple[RunTrainer, li
     trainer.remove_callback(PrinterCallback)
     metrics.trainer = check.trainer = trainer
     trainer.train()
+    trainer.read_task_losses()  # the steps after the last logged one count as well
     return trainer, check.dead
 
 

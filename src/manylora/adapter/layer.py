@@ -29,6 +29,7 @@ from manylora.adapter.router import (
     id_weights,
     in_backward,
     itself,
+    not_mergeable,
     router_weights,
     softmax,
 )
@@ -285,22 +286,6 @@ class ManyLoraLayer(nn.Module, BaseTunerLayer):
 
 class ManyLoraLinear(ManyLoraLayer):
     """PEFT's "all-linear" finds layers that already have an adapter by "Linear" in this name."""
-
-
-def not_mergeable(adapter: str, branches: Branches) -> str:
-    """Why an adapter has no single weight update, and what to do instead."""
-    if branches.gate == "router":
-        return (
-            f"adapter {adapter!r} mixes its branches anew for every token, so no single weight "
-            "equals it and it cannot be merged exactly; keep it unmerged, call unload() to drop "
-            "it, or approximate it by its mean routing: manylora export RUN --static"
-        )
-    what = "task" if branches.gate == "task" else "branch"
-    return (
-        f"adapter {adapter!r} has one weight update for each {what}: say which to merge, "
-        f"`with manylora.branch_ids(model, K): model.merge_adapter()`, or export all of them, one "
-        "plain LoRA each: manylora export RUN"
-    )
 
 
 def _computable(tensor: Tensor) -> Tensor:

@@ -83,3 +83,19 @@ def balance_loss(weights: Tensor, kind: str, mask: Tensor | None) -> Tensor:
     total = keep.sum().clamp(min=1)
     chosen = F.one_hot(flat.argmax(-1), flat.shape[-1]).to(flat)
     return flat.shape[-1] * ((keep @ chosen / total) * (keep @ flat / total)).sum()
+
+
+def not_mergeable(adapter: str, branches: Branches) -> str:
+    """Why an adapter has no single weight update, and what to do instead."""
+    if branches.gate == "router":
+        return (
+            f"adapter {adapter!r} mixes its branches anew for every token, so no single weight "
+            "equals it and it cannot be merged exactly; keep it unmerged, call unload() to drop "
+            "it, or approximate it by its mean routing: manylora export RUN --static"
+        )
+    what = "task" if branches.gate == "task" else "branch"
+    return (
+        f"adapter {adapter!r} has one weight update for each {what}: say which to merge, "
+        f"`with manylora.branch_ids(model, K): model.merge_adapter()`, or export all of them, one "
+        "plain LoRA each: manylora export RUN"
+    )

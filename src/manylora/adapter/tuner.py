@@ -29,8 +29,9 @@ from transformers.pytorch_utils import Conv1D
 
 from manylora.adapter.config import ManyLoraConfig, ManyLoraPeftType
 from manylora.adapter.ids import BranchState, set_ids
-from manylora.adapter.layer import ManyLoraLayer, ManyLoraLinear, not_mergeable
+from manylora.adapter.layer import ManyLoraLayer, ManyLoraLinear
 from manylora.adapter.mixed import hook_adapter_names
+from manylora.adapter.router import not_mergeable
 from manylora.adapter.selector import BranchSelector, missing_selector
 
 

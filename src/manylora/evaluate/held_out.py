@@ -60,6 +60,11 @@ class Scorer:
     ) -> dict[str, Metrics]:
         rows = sum(len(task.examples) for task in self.tasks)
         model.eval()
+        for module in model.modules():
+            # In eval mode on a CPU, bitsandbytes repacks 4-bit weights for good, and no gradient
+            # passes them any more; the layer has nothing else that its mode would change.
+            if type(module).__name__ == "Linear4bit":
+                module.train()
         if rows:
             self.console.print(f"scoring the {what} on {rows} held-out rows")
         with autocast(self.recipe.train.precision, model.device):

@@ -15,15 +15,15 @@ from pydantic import BaseModel, BeforeValidator, TypeAdapter, ValidationError
 Interval = tuple[float, float, float]  # mean, low, high (95 %)
 
 
+# JSON has no NaN: a loss that was lost is written as null.
+Loss = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+
+
 class TaskLoss(BaseModel):
     """One task's loss since the previous logged line, in nats per answer token."""
 
-    loss: float
+    loss: Loss
     tokens: int
-
-
-# JSON has no NaN: a loss that was lost is written as null.
-Loss = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 
 
 class LoggedStep(BaseModel):
