@@ -42,6 +42,7 @@ def quickstart(
 def train(
     recipe: Annotated[Path | None, typer.Argument(help="A recipe (YAML) or a run folder.")] = None,
     changes: Changes = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
 ) -> None:
     """Train an adapter from a recipe; `data=FOLDER` alone is enough."""
     from manylora.evaluate.table import print_scores
@@ -50,7 +51,7 @@ def train(
     from manylora.train import train
 
     path, changes = _recipe_and_changes(recipe, changes)
-    run = train(load_recipe(path, changes), console)
+    run = train(load_recipe(path, changes), console, resume)
     write_report(run)
     print_scores(run, Console())
     console.print(f"[bold]{run}[/bold]: adapter, scores.json, report.html")

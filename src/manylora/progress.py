@@ -27,6 +27,12 @@ class MetricsFile(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.started = self.last = time.perf_counter()
+        if self.path.exists():  # resumed: the steps after the checkpoint are done again
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+            self.path.write_text("".join(kept), encoding="utf-8")
+            self.last_tokens = json.loads(kept[-1])["tokens"] if kept else 0
+            self.trainer.tokens = self.last_tokens
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs:

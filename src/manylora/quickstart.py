@@ -32,7 +32,7 @@ def quickstart(output: Path, changes: list[str], console: Console) -> None:
     out.print(f"\n{time.perf_counter() - started:.0f} s in all. The run is [bold]{run}[/bold]:")
     out.print(f"  {report}  open it in a browser")
     out.print(
-        f"  {run / 'export'}  {len(exports)} plain PEFT LoRA folders, which load without "
+        f"  {run / 'export'}  {len(exports)} plain PEFT LoRA, which PEFT loads without "
         f"manylora (checked; logits within {worst:.0e})"
     )
     if not exact:
@@ -42,13 +42,14 @@ def quickstart(output: Path, changes: list[str], console: Console) -> None:
             "and one-hot runs export exactly."
         )
     out.print("\nNext:")
-    for command in next_commands(run):
+    for command in next_commands(run, recipe.adapter.method):
         out.print(f"  [bold]{command}[/bold]")
 
 
-def next_commands(run: Path) -> list[str]:
+def next_commands(run: Path, method: str) -> list[str]:
+    other = "hydralora" if method == "multilora" else "multilora"
     return [
         f"manylora chat {run}",
-        "manylora quickstart --output runs/multilora adapter.method=multilora",
+        f"manylora quickstart --output runs/{other} adapter.method={other}",
         "manylora train data=FOLDER output=runs/mine   # your own tasks: one JSONL file each",
     ]

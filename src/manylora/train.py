@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined]
 
 from manylora.adapter.selector import BranchSelector
@@ -41,7 +42,7 @@ from manylora.corpus.encode import IGNORED, dataset_rows
 from manylora.evaluate.held_out import Scorer
 from manylora.precision import resolve_precision
 from manylora.progress import GradientCheck, MetricsFile, ProgressBar
-from manylora.recipe import Recipe
+from manylora.recipe import Recipe, load_recipe
 from manylora.run import write_card, write_summary
 
 ADAPTER = "default"
@@ -197,11 +198,17 @@ def fit_selector(train: dict[str, list[Encoded]], tasks: list[str]) -> BranchSel
     return BranchSelector.fit(prompts, owners, tasks)
 
 
-def train(recipe: Recipe, console: Console | None = None) -> Path:
-    """Run a recipe and return its run folder, complete with adapter, scores and report data."""
+def train(recipe: Recipe, console: Console | None = None, resume: bool = False) -> Path:
+    """Run a recipe and return its run folder, complete with adapter, scores and report data.
+
+    resume: go on from the last checkpoint of the same recipe's interrupted run; the result is the
+    same as without the interruption. Raises FileNotFoundError when there is none.
+    """
     console = console or Console(stderr=True)
-    refuse_used_folder(recipe.run)
     recipe = recipe.resolved()
+    checkpoint = last_checkpoint(recipe) if resume else None
+    if not resume:
+        refuse_used_folder(recipe.run)
     prepared = prepare(recipe, console)
     run = recipe.run
     run.mkdir(parents=True, exist_ok=True)
@@ -210,7 +217,7 @@ def train(recipe: Recipe, console: Console | None = None) -> Path:
     clock = [time.perf_counter()]
     before = scorer.base(prepared.model)
     clock.append(time.perf_counter())
-    trainer, dead = fit(prepared, run, console)
+    trainer, dead = fit(prepared, run, console, checkpoint)
     clock.append(time.perf_counter())
     prepared.model.save_pretrained(str(run))
     scorer.write(run, before, *scorer.adapter(prepared.model))
@@ -237,7 +244,28 @@ def refuse_used_folder(run: Path) -> None:
         )
 
 
-def fit(prepared: Prepared, run: Path, console: Console) -> tuple[RunTrainer, list[str]]:
+def last_checkpoint(recipe: Recipe) -> str:
+    """The newest checkpoint of an interrupted run of this recipe."""
+    found = None
+    if (recipe.run / "checkpoints").is_dir():
+        found = get_last_checkpoint(str(recipe.run / "checkpoints"))
+    if found is None:
+        raise FileNotFoundError(
+            f"{recipe.run} has no checkpoint to resume from; checkpoints are written with "
+            "train.checkpoint_every=STEPS, and without one the run has to start again"
+        )
+    known = load_recipe(recipe.run)
+    if known != recipe:
+        raise ValueError(
+            f"the recipe is not the one that {recipe.run} was started with, so it cannot be "
+            f"resumed; give the run folder itself: manylora train {recipe.run} --resume"
+        )
+    return str(found)
+
+
+def fit(
+    prepared: Prepared, run: Path, console: Console, checkpoint: str | None = None
+) -> tuple[RunTrainer, list[str]]:
     """Train the adapter; returns the trainer and the names of tensors without a gradient."""
     recipe = prepared.recipe
     tasks = prepared.corpus.tasks
@@ -255,7 +283,7 @@ def fit(prepared: Prepared, run: Path, console: Console) -> tuple[RunTrainer, li
     )
     trainer.remove_callback(PrinterCallback)
     metrics.trainer = check.trainer = trainer
-    trainer.train()
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.read_task_losses()  # the steps after the last logged one count as well
     return trainer, check.dead
 
