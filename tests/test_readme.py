@@ -34,7 +34,7 @@ def test_every_command_exists_and_its_changes_fit_the_recipe(words: list[str]) -
     assert words[1] in verbs
     changes = [word for word in words[2:] if "=" in word]
     files = [ROOT / word for word in words[2:] if word.endswith(".yaml")]
-    if words[1] in ("train", "doctor"):
+    if words[1] in ("train", "doctor") and "--resume" not in words:
         assert load_recipe(files[0] if files else None, changes).data
 
 

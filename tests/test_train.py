@@ -21,7 +21,8 @@ from manylora.base import load_model
 from manylora.evaluate.held_out import evaluate_run
 from manylora.recipe import Recipe, load_recipe, parse_recipe
 from manylora.report.page import write_report
-from manylora.train import MixtureSampler, train
+from manylora.train import train
+from manylora.trainer import MixtureSampler
 from tiny import save_tiny_model
 
 Make = Callable[..., Recipe]

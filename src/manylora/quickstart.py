@@ -42,7 +42,7 @@ def quickstart(output: Path, changes: list[str], console: Console) -> None:
             "and one-hot runs export exactly."
         )
     out.print("\nNext:")
-    for command in next_commands(run, recipe.adapter.method):
+    for command in next_commands(run, recipe.config().method):
         out.print(f"  [bold]{command}[/bold]")
 
 

@@ -1,49 +1,41 @@
 """The training run: a recipe in, a run folder out.
 
 corpus -> frozen base + adapter -> TRL's SFTTrainer (loss on the answers alone) -> scores before and
-after. `RunTrainer` adds what several tasks need: each example's task as its branch id, the order of
-the mixture, the loss of each task.
+after.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from rich.console import Console
-from torch import Tensor
-from torch.nn.functional import cross_entropy
-from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
-from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined]
+from trl import SFTConfig  # type: ignore[attr-defined]
 
 from manylora.adapter.selector import BranchSelector
-from manylora.adapter.training import ManyLoraTrainerMixin
 from manylora.base import load_model, load_tokenizer
 from manylora.corpus import (
     Collator,
     Corpus,
     Encoded,
-    Strategy,
     encode_all,
     load_corpus,
     mixture_table,
     print_mixture,
-    sample_order,
 )
-from manylora.corpus.encode import IGNORED, dataset_rows
+from manylora.corpus.encode import dataset_rows
 from manylora.evaluate.held_out import Scorer
 from manylora.precision import resolve_precision
 from manylora.progress import GradientCheck, MetricsFile, ProgressBar
 from manylora.recipe import Recipe, load_recipe
 from manylora.run import write_card, write_summary
+from manylora.trainer import MixtureSampler, RunTrainer
 
 ADAPTER = "default"
 
@@ -58,102 +50,6 @@ class Prepared:
     model: PeftModel
     train: dict[str, list[Encoded]]
     use_ids: bool
-
-
-class MixtureSampler(Sampler[int]):
-    """Row numbers in the order of the mixture, drawn anew for each epoch."""
-
-    def __init__(self, sizes: dict[str, int], strategy: Strategy, seed: int) -> None:
-        self.sizes, self.strategy, self.seed, self.epoch = sizes, strategy, seed, 0
-        starts = [0, *torch.tensor(list(sizes.values())).cumsum(0).tolist()]
-        self.starts = dict(zip(sizes, starts, strict=False))
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        for task, row in sample_order(self.sizes, self.strategy, self.seed, self.epoch):
-            yield self.starts[task] + row
-
-    def __len__(self) -> int:
-        return len(sample_order(self.sizes, self.strategy, self.seed, 0))
-
-
-class AnswerTrainer(SFTTrainer):
-    """SFTTrainer that keeps the log-probability of each answer token in `log_probs`.
-
-    Without a GPU, TRL projects every position to the vocabulary, a large part of a step on a small
-    model; here only the answers are, which the collator has aligned at the end.
-    """
-
-    log_probs: Tensor
-
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if inputs["input_ids"].device.type == "cpu":
-            return self._answer_loss(model, inputs, kwargs.get("num_items_in_batch"))
-        outputs: list[Any] = []
-        handle = model.register_forward_hook(lambda *hook: outputs.append(hook[2]))
-        try:
-            loss = super().compute_loss(model, inputs, *args, **kwargs)
-        finally:
-            handle.remove()
-        self.log_probs = outputs[0].log_probs.detach()
-        return loss
-
-    def _answer_loss(self, model: Any, inputs: dict[str, Any], items: Any) -> Tensor:
-        labels = inputs.pop("labels")
-        learned = (labels != IGNORED).any(0)
-        keep = labels.shape[1] - int(learned.int().argmax())
-        logits = model(**inputs, logits_to_keep=keep + 1, use_cache=False).logits[:, :-1]
-        wanted = labels[:, -keep:]
-        log_probs = -cross_entropy(
-            logits.flatten(0, 1).float(), wanted.flatten(), ignore_index=IGNORED, reduction="none"
-        ).view_as(wanted)
-        self.log_probs = log_probs.detach()
-        inputs["labels"] = labels
-        return -log_probs.sum() / ((wanted != IGNORED).sum() if items is None else items)
-
-
-class RunTrainer(ManyLoraTrainerMixin, AnswerTrainer):
-    """Knows the task of each example: its branch id, its loss, its place in the mixture."""
-
-    def __init__(self, prepared: Prepared, sampler: MixtureSampler, **kwargs: Any) -> None:
-        self.sampler = sampler
-        self.use_ids = prepared.use_ids
-        self.tasks = prepared.corpus.tasks
-        self.step_ids: set[int] = set()
-        self.unread: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        self.tokens = 0
-        super().__init__(model=prepared.model, processing_class=prepared.tokenizer, **kwargs)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> MixtureSampler:
-        return self.sampler
-
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        tasks: Tensor = inputs.pop("task_ids")
-        if self.use_ids:
-            inputs["branch_ids"] = tasks
-        if self.state.global_step < GradientCheck.STEPS:
-            self.step_ids.update(tasks.tolist())
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
-        answers = (inputs["labels"] != IGNORED).sum(1)
-        tokens = inputs["attention_mask"].sum()
-        self.unread.append((tasks, -self.log_probs.sum(1), answers, tokens))
-        return loss
-
-    def read_task_losses(self) -> dict[str, tuple[float, int]]:
-        """Summed loss (nats) and answer tokens of each task since the last call; counts tokens."""
-        losses = torch.zeros(2, len(self.tasks), dtype=torch.float64)
-        for tasks, loss, answers, tokens in self.unread:
-            losses[0].index_add_(0, tasks.cpu(), loss.to("cpu", torch.float64))
-            losses[1].index_add_(0, tasks.cpu(), answers.to("cpu", torch.float64))
-            self.tokens += int(tokens)
-        self.unread.clear()
-        return {
-            task: (loss, int(count))
-            for task, loss, count in zip(self.tasks, *losses.tolist(), strict=True)
-            if count
-        }
 
 
 def prepare(recipe: Recipe, console: Console) -> Prepared:
@@ -274,8 +170,11 @@ def fit(
     check = GradientCheck(ADAPTER, console)
     metrics = MetricsFile(run / "metrics.jsonl")
     trainer = RunTrainer(
-        prepared,
         MixtureSampler(sizes, recipe.mixture, recipe.seed),
+        tasks,
+        prepared.use_ids,
+        model=prepared.model,
+        processing_class=prepared.tokenizer,
         args=training_arguments(recipe, run, prepared.model.device),
         train_dataset=Dataset.from_list(rows),
         data_collator=Collator(int(prepared.tokenizer.pad_token_id), tasks),
