@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from manylora.adapter.layer import ManyLoraLayer
+from manylora.adapter.layer import layers_of
 from manylora.adapter.router import balance_loss
 from tiny import OneLayer, attach, tiny_llama
 
@@ -61,10 +61,6 @@ def routed_llama(kind: str, **config: Any) -> PeftModel:
     fields = {"method": "hydralora", "r": 4, "init_weights": False, "balance_weight": 0.5}
     model = attach(tiny_llama(), balance_loss=kind, **fields | config)
     return model.train()
-
-
-def layers_of(model: nn.Module) -> list[ManyLoraLayer]:
-    return [m for m in model.modules() if isinstance(m, ManyLoraLayer)]
 
 
 def total(model: nn.Module) -> Tensor:

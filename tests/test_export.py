@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import manylora
 from manylora import export
-from manylora.adapter.training import layers_of
+from manylora.adapter.layer import layers_of
 from manylora.export import ExportError, export_lora, lora_factors
 from manylora.recipe import Recipe
 from manylora.train import train

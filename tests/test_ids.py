@@ -13,8 +13,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 import manylora
-from manylora.adapter.ids import BranchState
 from manylora.adapter.layer import ManyLoraLayer
+from manylora.adapter.state import BranchState
 from tiny import VOCAB, attach, tiny_llama
 
 X = torch.randint(3, VOCAB, (4, 7), generator=torch.Generator().manual_seed(0))

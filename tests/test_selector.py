@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import manylora
-from manylora.adapter.ids import BranchState
 from manylora.adapter.layer import ManyLoraLayer
 from manylora.adapter.selector import BranchSelector
+from manylora.adapter.state import BranchState
 from tiny import VOCAB, attach, tiny_llama
 
 NAMES = ["law", "medicine", "code"]

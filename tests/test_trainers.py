@@ -14,11 +14,11 @@ from transformers import AutoTokenizer, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import manylora
+from manylora.adapter.layer import layers_of
 from manylora.adapter.training import (
     ManyLoraTrainerMixin,
     dead_gradients,
     keep_small_tensors_in_float32,
-    layers_of,
 )
 from tiny import attach, tiny_llama
 

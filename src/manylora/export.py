@@ -26,11 +26,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from manylora.adapter.ids import branch_ids
-from manylora.adapter.layer import ManyLoraLayer
+from manylora.adapter.layer import ManyLoraLayer, layers_of
 from manylora.adapter.ops import fold_scale
 from manylora.adapter.router import not_mergeable
 from manylora.adapter.selector import SELECTOR_FILE, BranchSelector
-from manylora.adapter.training import layers_of
 from manylora.base import load_model, resolve
 from manylora.inspect.routing import ROUTING_FILE, Routing, read_routing
 from manylora.plain_peft import PlainPeftError, plain_logits

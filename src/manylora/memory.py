@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from manylora.adapter.config import ManyLoraConfig
-from manylora.adapter.training import layers_of
+from manylora.adapter.layer import layers_of
 from manylora.base import load_tokenizer
 from manylora.corpus import Corpus, Example, encode_all
 from manylora.methods import Branches, count_parameters

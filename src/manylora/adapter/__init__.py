@@ -1,1 +1,1 @@
-"""The PEFT method. Read in this order: ops, router, ids, layer, tuner."""
+"""The PEFT method. Read in this order: ops, router, state, layer, ids, tuner."""

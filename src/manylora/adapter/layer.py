@@ -21,7 +21,6 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from manylora.adapter.config import ManyLoraConfig
-from manylora.adapter.ids import BranchState, spread
 from manylora.adapter.init import Factor, initialize
 from manylora.adapter.ops import branch_update, fold_scale
 from manylora.adapter.router import (
@@ -33,6 +32,7 @@ from manylora.adapter.router import (
     router_weights,
     softmax,
 )
+from manylora.adapter.state import BranchState, spread
 from manylora.methods import Branches
 
 
@@ -286,6 +286,11 @@ class ManyLoraLayer(nn.Module, BaseTunerLayer):
 
 class ManyLoraLinear(ManyLoraLayer):
     """PEFT's "all-linear" finds layers that already have an adapter by "Linear" in this name."""
+
+
+def layers_of(model: nn.Module) -> list[ManyLoraLayer]:
+    """Every adapted layer of a model, in the order of its modules."""
+    return [module for module in model.modules() if isinstance(module, ManyLoraLayer)]
 
 
 def _computable(tensor: Tensor) -> Tensor:

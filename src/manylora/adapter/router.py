@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from manylora.adapter.ids import spread
+from manylora.adapter.state import spread
 from manylora.methods import Branches
 
 

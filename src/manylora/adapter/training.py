@@ -16,13 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from manylora.adapter.ids import branch_ids
-from manylora.adapter.layer import ManyLoraLayer
+from manylora.adapter.layer import ManyLoraLayer, layers_of
 
 _SMALL = ("manylora_router", "manylora_gate", "manylora_scale")
-
-
-def layers_of(model: nn.Module) -> list[ManyLoraLayer]:
-    return [module for module in model.modules() if isinstance(module, ManyLoraLayer)]
 
 
 def balance_loss(model: nn.Module) -> Tensor | float:

@@ -28,11 +28,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from manylora.adapter.config import ManyLoraConfig, ManyLoraPeftType
-from manylora.adapter.ids import BranchState, set_ids
-from manylora.adapter.layer import ManyLoraLayer, ManyLoraLinear
+from manylora.adapter.ids import set_ids
+from manylora.adapter.layer import ManyLoraLayer, ManyLoraLinear, layers_of
 from manylora.adapter.mixed import hook_adapter_names
 from manylora.adapter.router import not_mergeable
 from manylora.adapter.selector import BranchSelector, missing_selector
+from manylora.adapter.state import BranchState
 
 
 class ManyLoraModel(BaseTuner):
@@ -216,7 +217,7 @@ class ManyLoraModel(BaseTuner):
 
     def _is_inert(self) -> bool:
         """Whether no layer would use ids: the adapters are disabled or merged."""
-        layers = [module for module in self.model.modules() if isinstance(module, ManyLoraLayer)]
+        layers = layers_of(self.model)
         return all(layer.disable_adapters or layer.merged for layer in layers)
 
 

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from manylora.adapter.layer import ManyLoraLayer
+from manylora.adapter.layer import ManyLoraLayer, layers_of
 from manylora.adapter.router import router_weights
-from manylora.adapter.training import layers_of
 
 ROUTING_FILE = "routing.json"
 

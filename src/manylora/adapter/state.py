@@ -1,0 +1,58 @@
+"""What the layers of one model know about the batch at hand, and how it fits a layer's input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class BranchState:
+    """What the layers of one model know about the batch.
+
+    ids: of the branches or tasks. selected: whether a selector chose them, one for each prompt.
+    token_mask: (batch, tokens), true where a token is not padding.
+    """
+
+    ids: Tensor | None = None
+    selected: bool = False
+    token_mask: Tensor | None = None
+
+    def ids_for(self, x: Tensor) -> Tensor | None:
+        """The ids for a layer input x (batch, ..., in)."""
+        if self.ids is None or not self.selected or x.dim() < 3:
+            return self.ids
+        # generate repeats each prompt for its beams and returned sequences.
+        return self.ids.repeat_interleave(max(1, len(x) // len(self.ids)))
+
+
+def spread(ids: Tensor, lead: torch.Size) -> Tensor:
+    """Bring ids to a shape that broadcasts over the leading dimensions of a layer's input.
+
+    lead: x.shape[:-1]. (batch,) becomes (batch, 1, ...); (batch, tokens) matches, or is flattened
+    for models that flatten their tokens.
+    """
+    if ids.numel() == 1:
+        return ids.reshape([1] * len(lead))
+    if ids.dim() == 2:
+        if ids.shape == lead[:2]:
+            return ids.reshape(list(ids.shape) + [1] * (len(lead) - 2))
+        if len(lead) == 1 and ids.numel() == lead[0]:
+            return ids.reshape(-1)
+    elif ids.shape[0] == lead[0]:
+        return ids.reshape([-1] + [1] * (len(lead) - 1))
+    hint = "; pass ids of shape (batch, tokens), because this layer sees flattened tokens"
+    if len(lead) > 1:
+        repeats, rest = divmod(lead[0], ids.shape[0])
+        hint = (
+            f"; beam search and several returned sequences repeat each prompt: pass "
+            f"ids.repeat_interleave({repeats})"
+            if rest == 0 and repeats > 1
+            else ""
+        )
+    raise ValueError(
+        f"branch_ids: ids of shape {tuple(ids.shape)} do not fit a layer input whose leading "
+        f"dimensions are {tuple(lead)}{hint}"
+    )
