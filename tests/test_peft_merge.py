@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import manylora
 from manylora.adapter.layer import ManyLoraLayer
-from tiny import VOCAB, attach, tiny_llama
+from tiny import VOCAB, OneLayer, attach, base_layer, tiny_llama
 
 X = torch.randint(3, VOCAB, (3, 7), generator=torch.Generator().manual_seed(0))
 MERGEABLE: list[dict[str, Any]] = [
@@ -205,3 +207,31 @@ def test_pefts_own_conversion_to_lora_is_offered_only_where_it_is_exact() -> Non
     assert adapted(method="multilora").supports_lora_conversion()
     assert not adapted(method="hydralora").supports_lora_conversion()
     assert not adapted(method="branch_per_cluster").supports_lora_conversion()
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"method": "multilora", "shared_rank": 2},
+        {"method": "lora_split", "branch_ranks": [1, 3, 2], "use_rslora": True},
+        {"method": "hydralora", "gate": "uniform"},
+    ],
+    ids=lambda config: config["method"],
+)
+def test_float64_survives_saving_and_merging(
+    tmp_path: Path, kind: str, config: dict[str, Any]
+) -> None:
+    """To 1e-11, like the equations themselves."""
+    layer: dict[str, Any] = {"target_modules": ["linear"], "init_weights": False}
+    torch.manual_seed(0)
+    base = base_layer(kind, 13, 7)
+    model = attach(OneLayer(copy.deepcopy(base)), **layer, **config)
+    x = torch.randn(4, 5, 13, dtype=torch.float64)
+    live = model(x)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(OneLayer(copy.deepcopy(base)), tmp_path)
+    assert torch.equal(again(x), live)
+    model.merge_adapter()
+    assert float((model(x) - live).abs().max().detach()) < 1e-11
+    assert float((model.get_base_model().linear.get_base_layer()(x) - live).abs().max()) < 1e-11
