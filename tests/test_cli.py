@@ -150,6 +150,8 @@ def test_router_export_is_refused_with_the_alternative(make_recipe: Callable[...
         (["train", "data=/no/such/place"], "no such file or folder"),
         (["train", "data=samples", "adapter.metod=lora"], "did you mean 'method'?"),
         (["train", "no.yaml"], "no recipe at no.yaml"),
+        (["train", "data=samples", "adapter.branch_ranks=[1,2]"], "branch_ranks=[1, 2] differ"),
+        (["train", "data=samples", "seed[red]"], "'seed[red]' is not key=value"),
         (["chat", "/no/such/run"], "not a finished run"),
         (["eval", "."], "not a finished run"),
         (["train", "data=samples", "model=/no/model", "output=/tmp/never"], "/no/model"),

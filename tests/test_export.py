@@ -128,7 +128,7 @@ def test_static_without_measured_routing_says_how_to_get_it(
         export_lora(run, tmp_path / "out", static=True)
 
 
-@pytest.mark.parametrize("gate", [None, "one_hot"])
+@pytest.mark.parametrize("gate", [None, "one_hot", "uniform"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_factors_multiply_to_the_delta_weight(gate: str | None, dtype: torch.dtype) -> None:
     model = attach(
@@ -140,12 +140,12 @@ def test_factors_multiply_to_the_delta_weight(gate: str | None, dtype: torch.dty
         lora_alpha=12,
     )
     for layer in layers_of(model):
-        weights = None if gate is None else layer.fixed_weights("default", 2)
+        weights = layer.fixed_weights("default", 2) if gate == "one_hot" else None
         A, B = lora_factors(layer, "default", weights)
         assert A.dtype == B.dtype == dtype
         tolerance = 1e-6 if dtype == torch.float32 else 1e-15
         assert torch.allclose(B @ A, layer.get_delta_weight("default", weights), 0, tolerance)
-        assert len(A) == (8 if gate else 24) + 3
+        assert len(A) == (8 if gate == "one_hot" else 24) + 3
 
 
 def test_exported_folder_loads_without_manylora_installed(

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 import manylora
 from manylora.adapter.layer import ManyLoraLayer
-from tiny import VOCAB, attach, tiny_llama
+from tiny import VOCAB, attach, tiny_llama, train_steps
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -83,15 +83,7 @@ def test_it_trains_saves_and_loads(
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     packed = layer.base_layer.weight.data.clone()
     assert not packed.is_floating_point()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(4):
-        with manylora.branch_ids(model, IDS):
-            loss = model(input_ids=X, labels=X).loss
-        losses.append(float(loss))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    losses = train_steps(model, X, IDS)
     assert losses[-1] < losses[0] - 0.05
     assert torch.equal(layer.base_layer.weight.data, packed)
     expected = logits(model)

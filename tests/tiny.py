@@ -52,6 +52,20 @@ def attach(model: nn.Module, *, seed: int = 0, **config: Any) -> PeftModel:
         return get_peft_model(model, manylora.ManyLoraConfig(**config))
 
 
+def train_steps(model: nn.Module, tokens: Tensor, ids: Any, steps: int = 4) -> list[float]:
+    """The losses of a few AdamW steps on one batch, each before its step."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(steps):
+        with manylora.branch_ids(model, ids):
+            loss = model(input_ids=tokens, labels=tokens).loss
+        losses.append(float(loss.detach()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return losses
+
+
 class OneLayer(nn.Module):
     """A model that is one linear layer."""
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from transformers.utils import logging
 
 app = typer.Typer(
@@ -175,5 +176,5 @@ def main() -> None:
     except (ValueError, RuntimeError, OSError) as error:
         if os.environ.get("MANYLORA_DEBUG"):
             raise
-        console.print(f"[bold red]error:[/bold red] {error}", soft_wrap=True, markup=True)
+        console.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
         raise SystemExit(1) from None

@@ -165,8 +165,9 @@ def lora_factors(
     t = {part: tensor.detach().double().cpu() for part, tensor in layer._tensors(adapter).items()}
     A, B = t["A"], fold_scale(t["B"], branches, t.get("scale"))
     if weights is None:
-        value = 1 / branches.count if branches.gate == "uniform" else 1.0
-        weights = torch.full((branches.count,), value)
+        weights = layer.constant_weights(branches, t["A"])
+    if weights is None:
+        weights = torch.ones(branches.count)
     weights = weights.double().cpu()
     if branches.share_A:
         # One A: the branches add up to a single B, so the rank stays r.

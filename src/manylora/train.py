@@ -24,6 +24,7 @@ from manylora.corpus import (
     Collator,
     Corpus,
     Encoded,
+    MixtureRow,
     encode_all,
     load_corpus,
     mixture_table,
@@ -34,7 +35,7 @@ from manylora.evaluate.held_out import Scorer
 from manylora.precision import resolve_precision
 from manylora.progress import GradientCheck, MetricsFile, ProgressBar
 from manylora.recipe import Recipe, load_recipe
-from manylora.run import write_card, write_summary
+from manylora.run import config_of, write_card, write_summary
 from manylora.trainer import MixtureSampler, RunTrainer
 
 ADAPTER = "default"
@@ -49,7 +50,7 @@ class Prepared:
     tokenizer: PreTrainedTokenizerBase
     model: PeftModel
     train: dict[str, list[Encoded]]
-    use_ids: bool
+    mixture: list[MixtureRow]
 
 
 def prepare(recipe: Recipe, console: Console) -> Prepared:
@@ -64,10 +65,13 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
         train[task], too_long = encode_all(examples, tokenizer, recipe.max_length)
         if too_long:
             console.print(
-                f"[yellow]{task}: {len(too_long)} of {len(examples)} training rows have "
-                f"more than max_length={recipe.max_length} tokens and are left out"
+                f"{task}: {len(too_long)} of {len(examples)} training rows have "
+                f"more than max_length={recipe.max_length} tokens and are left out",
+                style="yellow",
+                markup=False,
             )
-    print_mixture(mixture_table(train, recipe.mixture), console)
+    mixture = mixture_table(train, recipe.mixture)
+    print_mixture(mixture, console)
     set_seed(recipe.seed)
     base = load_model(recipe.model, recipe.dtype, recipe.quantize)
     if recipe.quantize is not None:
@@ -84,7 +88,7 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
     model = get_peft_model(base, config, adapter_name=ADAPTER)
     if torch.cuda.is_available() and recipe.quantize is None:
         model.to("cuda")
-    return Prepared(recipe, corpus, tokenizer, model, train, branches.needs_ids)
+    return Prepared(recipe, corpus, tokenizer, model, train, mixture)
 
 
 def fit_selector(train: dict[str, list[Encoded]], tasks: list[str]) -> BranchSelector:
@@ -122,7 +126,7 @@ def train(recipe: Recipe, console: Console | None = None, resume: bool = False) 
         run,
         prepared.model,
         recipe,
-        mixture_table(prepared.train, recipe.mixture),
+        prepared.mixture,
         steps=trainer.state.global_step,
         train_tokens=trainer.tokens,
         train_seconds=clock[2] - clock[1],
@@ -172,7 +176,7 @@ def fit(
     trainer = RunTrainer(
         MixtureSampler(sizes, recipe.mixture, recipe.seed),
         tasks,
-        prepared.use_ids,
+        config_of(prepared.model).branches_of().needs_ids,
         model=prepared.model,
         processing_class=prepared.tokenizer,
         args=training_arguments(recipe, run, prepared.model.device),

@@ -28,6 +28,7 @@ class MixtureSampler(Sampler[int]):
         self.sizes, self.strategy, self.seed, self.epoch = sizes, strategy, seed, 0
         starts = [0, *torch.tensor(list(sizes.values())).cumsum(0).tolist()]
         self.starts = dict(zip(sizes, starts, strict=False))
+        self.rows = len(sample_order(sizes, strategy, seed, epoch=0))
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -37,7 +38,7 @@ class MixtureSampler(Sampler[int]):
             yield self.starts[task] + row
 
     def __len__(self) -> int:
-        return len(sample_order(self.sizes, self.strategy, self.seed, 0))
+        return self.rows
 
 
 class AnswerTrainer(SFTTrainer):

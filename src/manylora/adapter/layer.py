@@ -166,7 +166,7 @@ class ManyLoraLayer(nn.Module, BaseTunerLayer):
         if branches.needs_ids:
             return id_weights(branches, ids, t.get("gate"), x, self.name)
         if branches.gate != "router":
-            return self._constant_weights(branches, x)
+            return self.constant_weights(branches, x)
         seen = x if branches.router_input == "x" else F.linear(x, t["A"])
         weights = router_weights(seen, t["router"])
         if config.balance_loss is not None and self.training and not in_backward():
@@ -178,7 +178,8 @@ class ManyLoraLayer(nn.Module, BaseTunerLayer):
         return weights
 
     @staticmethod
-    def _constant_weights(branches: Branches, like: Tensor) -> Tensor | None:
+    def constant_weights(branches: Branches, like: Tensor) -> Tensor | None:
+        """Mixing weights (N,) that depend on nothing; None means all ones."""
         if branches.gate == "uniform":
             n, dtype = branches.count, torch.promote_types(like.dtype, torch.float32)
             return torch.full((n,), 1 / n, dtype=dtype, device=like.device)
@@ -228,7 +229,7 @@ class ManyLoraLayer(nn.Module, BaseTunerLayer):
         if branches.gate == "router":
             raise ValueError(not_mergeable(adapter, branches))
         if not branches.needs_ids:
-            return self._constant_weights(branches, like)
+            return self.constant_weights(branches, like)
         if self.state.ids is None or self.state.ids.numel() != 1:
             raise ValueError(not_mergeable(adapter, branches))
         return self.fixed_weights(adapter, int(self.state.ids))

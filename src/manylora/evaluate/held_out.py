@@ -34,7 +34,7 @@ class Scorer:
                 self.corpus, self.tokenizer, self.recipe.max_length, wanted
             )
             for note in notes:
-                self.console.print(f"[yellow]{note}")
+                self.console.print(note, style="yellow", markup=False)
 
     def base(self, model: PeftModel) -> dict[str, Metrics]:
         """Scores of the base model: the adapter is switched off."""
