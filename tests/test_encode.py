@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from manylora.corpus import (
-    Collator,
-    CorpusError,
-    Example,
-    TooLongError,
-    dataset_rows,
-    encode,
-    encode_all,
-    prompt_ids,
-)
+from manylora.corpus import CorpusError, Encoded, Encoder, Example, Message, TooLongError
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -40,7 +31,19 @@ def byte_tokenizer(chat_template: str | None = CHATML, **special: str) -> PreTra
 
 
 def example(output: str = "yes", prompt: str = "Is it so?", source: str = "t.jsonl:1") -> Example:
-    return Example("t", prompt, "", output, source)
+    return Example("t", [user(prompt), assistant(output)], source)
+
+
+def user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> Message:
+    return {"role": "assistant", "content": text}
+
+
+def encode(item: Example, tokenizer: PreTrainedTokenizerFast, max_length: int = 500) -> Encoded:
+    return Encoder(tokenizer, max_length).encode(item)
 
 
 def parts(
@@ -59,7 +62,7 @@ def test_the_prompt_tokens_are_those_that_generation_sees() -> None:
         [{"role": "user", "content": "Is it so?"}], add_generation_prompt=True, return_dict=False
     )
     assert encoded.input_ids[: encoded.prompt_length] == seen
-    assert prompt_ids("Is it so?", tokenizer) == seen
+    assert Encoder(tokenizer, 500).prompt_ids([user("Is it so?")]) == seen
 
 
 def test_the_learned_part_is_the_answer_and_the_end_of_turn_alone() -> None:
@@ -137,35 +140,104 @@ def test_a_tokenizer_without_eos_is_an_error() -> None:
 def test_too_long_examples_are_given_back_and_nothing_is_cut() -> None:
     tokenizer = byte_tokenizer(None)
     short, long = example("b", "a"), example("b", "a" * 50, "t.jsonl:2")
-    assert encode_all([short, long], tokenizer, 4) == ([encode(short, tokenizer, 4)], [long])
-    with pytest.raises(TooLongError, match=r"t\.jsonl:2: 53 tokens \(51 of them the prompt\)"):
+    found = Encoder(tokenizer, 4).split_too_long([short, long])
+    assert found == ([encode(short, tokenizer, 4)], [long])
+    with pytest.raises(TooLongError, match=r"t\.jsonl:2: 53 tokens \(51 of them before the last"):
         encode(long, tokenizer, 52)
     assert len(encode(long, tokenizer, 53).input_ids) == 53
 
 
-def test_a_batch_is_padded_on_the_left_and_keeps_the_end_of_turn_in_the_loss() -> None:
-    tokenizer = byte_tokenizer(None)
-    items = [
-        Example("b", "q", "", "long answer", "b.jsonl:1"),
-        Example("a", "question", "", "x", "a.jsonl:1"),
+def conversation(*contents: str) -> Example:
+    """user, assistant, user, assistant, ..."""
+    roles = [user, assistant] * len(contents)
+    messages = [role(content) for role, content in zip(roles, contents, strict=False)]
+    return Example("t", messages, "t.jsonl:1")
+
+
+def learned_texts(item: Example, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    encoded = encode(item, tokenizer)
+    return [str(tokenizer.decode(encoded.input_ids[a:b])) for a, b in encoded.learned]
+
+
+def test_every_turn_of_the_assistant_is_learned_and_nothing_else() -> None:
+    tokenizer = byte_tokenizer()
+    talk = conversation("one?", "uno", "two?", "dos", "three?", "tres")
+    assert learned_texts(talk, tokenizer) == ["uno<|im_end|>", "dos<|im_end|>", "tres<|im_end|>"]
+    encoded = encode(talk, tokenizer)
+    whole = tokenizer.apply_chat_template(talk.messages, return_dict=False)
+    assert encoded.input_ids == whole[:-1]  # the template's last newline is dropped
+    for turn, (start, _) in zip((1, 3, 5), encoded.learned, strict=True):
+        before = talk.messages[:turn]
+        assert encoded.input_ids[:start] == Encoder(tokenizer, 500).prompt_ids(before)
+
+
+def test_a_system_turn_and_a_tools_turn_are_read_and_not_learned() -> None:
+    tokenizer = byte_tokenizer()
+    messages: list[Message] = [
+        {"role": "system", "content": "Be brief."},
+        user("Weather?"),
+        assistant("call()"),
+        {"role": "tool", "content": "sun"},
+        assistant("Sunny."),
     ]
-    encoded, _ = encode_all(items, tokenizer, 100)
-    assert isinstance(tokenizer.pad_token_id, int)
-    batch = Collator(tokenizer.pad_token_id, ["a", "b"])(dataset_rows(encoded, ["a", "b"]))
-    assert batch["task_ids"].tolist() == [1, 0]
-    for number, item in enumerate(encoded):
-        size = len(item.input_ids)
-        assert batch["input_ids"][number, 14 - size :].tolist() == item.input_ids
-        assert batch["attention_mask"][number].tolist() == [0] * (14 - size) + [1] * size
-        assert batch["position_ids"][number, 14 - size :].tolist() == list(range(size))
-        labels = batch["labels"][number]
-        learned = item.input_ids[item.prompt_length :]
-        assert labels[labels != -100].tolist() == learned
-        assert labels[-len(learned) :].tolist() == learned
-        assert learned[-1] == tokenizer.eos_token_id == tokenizer.pad_token_id
-    assert all(value.dtype == torch.long for value in batch.values())
+    talk = Example("t", messages, "t.jsonl:1")
+    assert learned_texts(talk, tokenizer) == ["call()<|im_end|>", "Sunny.<|im_end|>"]
 
 
-def test_a_row_of_an_unknown_task_is_an_error() -> None:
-    with pytest.raises(CorpusError, match="task_id=2"):
-        Collator(0, ["a"])([{"input_ids": [1, 2], "prompt_length": 1, "task_id": 2}])
+def test_turns_without_a_chat_template_end_with_eos() -> None:
+    tokenizer = byte_tokenizer(None)
+    talk = conversation("one?", "uno", "two?", "dos")
+    assert learned_texts(talk, tokenizer) == ["uno<|im_end|>", "dos<|im_end|>"]
+    assert tokenizer.decode(encode(talk, tokenizer).input_ids) == (
+        "one?\nuno<|im_end|>two?\ndos<|im_end|>"
+    )
+
+
+def test_a_template_that_thinks_only_in_the_last_turn_is_learned_as_it_writes() -> None:
+    thinking = CHATML.replace(
+        "{{ m['content'] }}",
+        "{% if m['role'] == 'assistant' and loop.last %}<think>\n</think>{% endif %}"
+        "{{ m['content'] }}",
+    )
+    talk = conversation("one?", "uno", "two?", "dos")
+    assert learned_texts(talk, byte_tokenizer(thinking)) == [
+        "uno<|im_end|>",
+        "<think>\n</think>dos<|im_end|>",
+    ]
+
+
+def test_turns_without_an_end_of_turn_token_are_learned_without_one() -> None:
+    plain = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] | trim }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    talk = conversation("one?", "uno", "two?", "dos")
+    assert learned_texts(talk, byte_tokenizer(plain)) == ["uno", "dos<|im_end|>"]
+
+
+@pytest.mark.parametrize("template", [CHATML, None])
+def test_many_at_once_are_the_same_as_one_by_one(template: str | None) -> None:
+    tokenizer = byte_tokenizer(template)
+    items = [example(f"answer {i}", "q" * 9 * i or "q") for i in range(9)]
+    items.append(conversation("a", "b", "c", "d"))
+    encoder = Encoder(tokenizer, 90 if template else 40)
+    together = encoder.encode_many(items)
+    for item, found in zip(items, together, strict=True):
+        if isinstance(found, TooLongError):
+            with pytest.raises(TooLongError):
+                encoder.encode(item)
+        else:
+            assert found == encoder.encode(item)
+    too_long = [isinstance(found, TooLongError) for found in together]
+    assert any(too_long) and not all(too_long)
+
+
+@pytest.mark.parametrize("template", [CHATML, None])
+@pytest.mark.parametrize("turns", [2, 4, 6])
+def test_the_bound_on_tokens_holds(template: str | None, turns: int) -> None:
+    """One token a byte is the most that a tokenizer can make."""
+    encoder = Encoder(byte_tokenizer(template), 10_000)
+    talk = conversation(*["wörd" * i for i in range(1, turns + 1)])
+    size = sum(len(message["content"].encode()) for message in talk.messages)
+    bound = encoder.most_tokens(np.array([size]), np.array([turns]))
+    assert len(encoder.encode(talk).input_ids) <= bound[0] <= size + 60 * turns

@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import Tensor
 
 from manylora.base import load_model, load_tokenizer
-from manylora.corpus import Corpus, Example, load_corpus
+from manylora.corpus import Corpus, DataOptions, Encoder, Example, load_corpus
 from manylora.evaluate.answers import Question, generate_answers, score_answers
 from manylora.evaluate.held_out import evaluate_run
 from manylora.evaluate.scores import closed_answers, held_out, interval, score_tasks, token_f1
@@ -64,6 +64,11 @@ def test_generation_ignores_batch_mates_and_stops_at_its_own_limit(tiny_folder: 
     assert [len(answer) for answer in together] == [2, 5, 3]
 
 
+def example(number: int, answer: str) -> Example:
+    question, reply = {"role": "user", "content": f"q? {number}"}, {"role": "assistant"}
+    return Example("t", [question, {**reply, "content": answer}], f"t:{number}")  # type: ignore[list-item]
+
+
 def test_perfect_model_scores_one_and_its_opposite_zero(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,9 +76,9 @@ def test_perfect_model_scores_one_and_its_opposite_zero(
     from manylora.evaluate import scores as module
     from manylora.evaluate.answers import AnswerScore
 
-    rows = [Example("t", "q?", str(i), "yes" if i % 2 else "no", f"t:{i}") for i in range(20)]
+    rows = [example(i, "yes" if i % 2 else "no") for i in range(20)]
     corpus = Corpus({"t": rows}, {"t": rows})
-    tasks, _ = held_out(corpus, load_tokenizer(str(tiny_folder)), 200, 20)
+    tasks, _ = held_out(corpus, Encoder(load_tokenizer(str(tiny_folder)), 200), 20)
     assert tasks[0].choices == ["no", "yes"]
     for right, expected in ((True, 1.0), (False, 0.0)):
 
@@ -97,7 +102,7 @@ def test_perfect_model_scores_one_and_its_opposite_zero(
 
 def test_closed_answers_need_few_repeated_ones_that_cover_the_test_rows() -> None:
     def rows(*answers: str) -> list[Example]:
-        return [Example("t", "q", str(i), a, f"t:{i}") for i, a in enumerate(answers)]
+        return [example(i, answer) for i, answer in enumerate(answers)]
 
     assert closed_answers(rows(*["a", "b"] * 4), rows("a")) == ["a", "b"]
     assert closed_answers(rows(*["a", "b"] * 4), rows("c")) == []
@@ -165,8 +170,8 @@ def test_evaluating_again_gives_the_same_scores(make_recipe: Callable[..., Recip
 
 
 def test_rows_that_are_not_scored_are_said(tiny_folder: Path, task_folder: Path) -> None:
-    corpus = load_corpus(task_folder, holdout=0.2)
-    tasks, notes = held_out(corpus, load_tokenizer(str(tiny_folder)), 24, 100)
+    corpus = load_corpus(task_folder, DataOptions(holdout=0.2))
+    tasks, notes = held_out(corpus, Encoder(load_tokenizer(str(tiny_folder)), 24), 100)
     assert [task.name for task in tasks] == ["colour", "copy", "parity"]
     assert any("colour" in note and "not scored" in note for note in notes)
     assert all(len(task.examples) == len(task.encoded) for task in tasks)

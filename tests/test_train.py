@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file
@@ -22,7 +19,7 @@ from manylora.evaluate.held_out import evaluate_run
 from manylora.recipe import Recipe, load_recipe, parse_recipe
 from manylora.report.page import write_report
 from manylora.train import train
-from manylora.trainer import MixtureSampler
+from manylora.training.trainer import MixtureSampler
 from tiny import save_tiny_model
 
 Make = Callable[..., Recipe]
@@ -146,67 +143,6 @@ def test_accumulated_steps_equal_whole_batches(make_recipe: Make, tmp_path: Path
     assert all(torch.allclose(first[key], second[key], atol=5e-3) for key in first)
 
 
-def interrupted_at(recipe: Recipe, step: int) -> None:
-    """Train in a process that is killed when it has written the checkpoint of that step."""
-    program = (
-        "import os, sys\n"
-        "from manylora.recipe import load_recipe\n"
-        "from manylora.train import train\n"
-        "from transformers import TrainerCallback\n"
-        "import manylora.train as module\n"
-        "class Killed(module.ProgressBar):\n"
-        "    def on_save(self, args, state, control, **kwargs):\n"
-        f"        if state.global_step == {step}: os.kill(os.getpid(), 9)\n"
-        "module.ProgressBar = Killed\n"
-        "train(load_recipe(None, sys.argv[1:]))\n"
-    )
-    values = yaml.safe_load(yaml.safe_dump(recipe.model_dump(mode="json")))
-    changes = []
-    for key, value in values.items():
-        group = value if isinstance(value, dict) else None
-        changes += (
-            [f"{key}.{sub}={json.dumps(v)}" for sub, v in group.items()]
-            if group
-            else [f"{key}={json.dumps(value)}"]
-        )
-    done = subprocess.run([sys.executable, "-c", program, *changes], capture_output=True)
-    assert done.returncode == -9, done.stderr.decode()[-2000:]
-
-
-@pytest.mark.parametrize("mixture", ["proportional", "balanced"])
-def test_killed_and_resumed_equals_uninterrupted(make_recipe: Make, mixture: str) -> None:
-    """Two and a half epochs with dropout; killed in the second one."""
-    runs = []
-    for output in ("whole", "killed"):
-        values = make_recipe(output, method="branch_per_cluster", lora_dropout=0.2).model_dump()
-        values["mixture"] = mixture
-        values["train"] |= {"max_steps": 30, "checkpoint_every": 8, "log_every": 4}
-        runs.append(parse_recipe(values))
-    whole = train(runs[0])
-    interrupted_at(runs[1].resolved(), 16)
-    resumed = train(runs[1], resume=True)
-    first = load_file(str(whole / "adapter_model.safetensors"))
-    second = load_file(str(resumed / "adapter_model.safetensors"))
-    assert all(torch.equal(first[key], second[key]) for key in first)
-    assert [line["step"] for line in lines(whole)] == [line["step"] for line in lines(resumed)]
-    for key in ("loss", "tokens"):
-        logged = [[line[key] for line in lines(run)] for run in (whole, resumed)]
-        assert logged[0] == logged[1]
-
-
-def test_resuming_without_a_checkpoint_or_with_another_recipe_is_refused(
-    make_recipe: Make,
-) -> None:
-    recipe = make_recipe()
-    with pytest.raises(FileNotFoundError, match="checkpoint_every"):
-        train(recipe, resume=True)
-    recipe.train.checkpoint_every = 3
-    train(recipe)
-    recipe.train.learning_rate = 0.5
-    with pytest.raises(ValueError, match="not the one"):
-        train(recipe, resume=True)
-
-
 def test_gradient_checkpointing_changes_nothing(make_recipe: Make) -> None:
     plain = make_recipe("plain", method="branch_per_cluster", shared_rank=2)
     checkpointed = make_recipe("checkpointed", method="branch_per_cluster", shared_rank=2)
@@ -243,7 +179,7 @@ def test_too_long_rows_are_counted_and_said(
     values["max_length"] = 24
     train(parse_recipe(values))
     said = " ".join(capsys.readouterr().err.split())
-    assert "training rows have more than max_length=24 tokens and are left out" in said
+    assert "of 32 rows have more than max_length=24 tokens and are left out" in said
 
 
 def test_sampler_draws_anew_each_epoch_and_covers_every_row() -> None:

@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 from transformers.utils import logging
 
+from manylora.training.interrupts import Interrupted
+
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -40,10 +42,38 @@ def quickstart(
 
 
 @app.command()
+def init(
+    data: Annotated[list[str], typer.Argument(help="Files, a folder, or a hub data set.")],
+    output: Annotated[Path, typer.Option(help="The recipe to write.")] = Path("recipe.yaml"),
+) -> None:
+    """Write a commented recipe for your own files."""
+    from manylora.init import init
+
+    recipe = init(data, output, console)
+    typer.echo(f"{output}: a recipe for {recipe.data}")
+    typer.echo(f"next: manylora data {output}, then manylora train {output}")
+
+
+@app.command()
+def data(
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe (YAML) or a run folder.")] = None,
+    changes: Changes = None,
+    task: Annotated[str | None, typer.Option(help="Show a row of this task alone.")] = None,
+    row: Annotated[int, typer.Option(min=0, help="Which of its training rows.")] = 0,
+) -> None:
+    """Show the mixture, and rows as tokens with what is learned marked."""
+    from manylora.recipe import load_recipe
+    from manylora.show import show_data
+
+    path, changes = _recipe_and_changes(recipe, changes)
+    show_data(load_recipe(path, changes), Console(highlight=False), console, task, row)
+
+
+@app.command()
 def train(
     recipe: Annotated[Path | None, typer.Argument(help="A recipe (YAML) or a run folder.")] = None,
     changes: Changes = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option(help="Go on with an interrupted run.")] = False,
 ) -> None:
     """Train an adapter from a recipe; `data=FOLDER` alone is enough."""
     from manylora.evaluate.table import print_scores
@@ -52,6 +82,8 @@ def train(
     from manylora.train import train
 
     path, changes = _recipe_and_changes(recipe, changes)
+    if resume and path is not None and path.is_dir():  # it may have been moved
+        changes = [f"output={json.dumps(str(path))}", *changes]
     run = train(load_recipe(path, changes), console, resume)
     write_report(run)
     print_scores(run, Console())
@@ -73,7 +105,7 @@ def evaluate(run: RunFolder) -> None:
 @app.command()
 def predict(
     run: RunFolder,
-    file: Annotated[Path, typer.Argument(help="JSONL rows with instruction and input.")],
+    file: Annotated[Path, typer.Argument(help="Rows to answer: JSONL, JSON, CSV or Parquet.")],
     output: Annotated[Path | None, typer.Option(help="Where to write; default stdout.")] = None,
     task: Annotated[str | None, typer.Option(help="The task whose branch answers.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
@@ -168,11 +200,17 @@ def _quiet() -> None:
 
 
 def main() -> None:
-    """The entry point: errors that a person can act on are one message and exit code 1."""
+    """The entry point: errors that a person can act on are one message and exit code 1.
+
+    A training run that a signal stopped is one message too, and exit code 128 + the signal.
+    """
     _quiet()
     run: Callable[..., Any] = app
     try:
         run()
+    except Interrupted as stop:
+        console.print(str(stop), style="yellow", markup=False, soft_wrap=True)
+        raise SystemExit(stop.code) from None
     except (ValueError, RuntimeError, OSError) as error:
         if os.environ.get("MANYLORA_DEBUG"):
             raise

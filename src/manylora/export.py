@@ -212,6 +212,7 @@ def write_lora(
         bias="none",
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
         inference_mode=True,
         fan_in_fan_out=any(isinstance(x.get_base_layer(), Conv1D) for x in layers.values()),
     ).save_pretrained(str(folder))

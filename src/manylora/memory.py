@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from peft import get_peft_model
 from torch import nn
@@ -28,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from manylora.adapter.config import ManyLoraConfig
 from manylora.adapter.layer import layers_of
 from manylora.base import load_tokenizer
-from manylora.corpus import Corpus, Example, encode_all
+from manylora.corpus import Corpus, Encoder, Example
 from manylora.methods import Branches, count_parameters
 from manylora.precision import resolve_precision
 from manylora.recipe import Recipe
@@ -140,12 +141,11 @@ def estimate(
 
 
 def longest_rows(corpus: Corpus, source: str, max_length: int) -> tuple[int, int]:
-    """Tokens of the longest row and answer, among each task's rows with the most characters."""
+    """Tokens of the longest row and answer, among each task's rows with the most bytes."""
     some: list[Example] = []
     for rows in corpus.train.values():
-        some += sorted(rows, key=lambda e: len(e.prompt) + len(e.output))[-ROWS_TO_MEASURE:]
-        some += sorted(rows, key=lambda e: len(e.output))[-ROWS_TO_MEASURE:]
-    encoded, too_long = encode_all(some, load_tokenizer(source), max_length)
+        some += rows.at(np.argsort(rows.sizes, kind="stable")[-ROWS_TO_MEASURE:])
+    encoded, too_long = Encoder(load_tokenizer(source), max_length).split_too_long(some)
     if too_long:  # those are left out of training; the next shorter ones may be just below
         return max_length, max_length
     longest = max(len(item.input_ids) for item in encoded)

@@ -24,6 +24,7 @@ RouterInput = Literal["x", "Ax"]
 
 GATES: tuple[Gate, ...] = get_args(Gate)
 PREFIX = "manylora_"
+MOST_BRANCHES = 4096
 
 
 @dataclass(frozen=True)
@@ -183,8 +184,8 @@ def _ranks(
         )
     if branch_ranks is None:
         count = row.branches if num_branches is None else num_branches
-        if count < 1:
-            raise ValueError(f"num_branches={count} must be at least 1")
+        if not 1 <= count <= MOST_BRANCHES:
+            raise ValueError(f"num_branches={count} must be in 1..{MOST_BRANCHES}")
         branch_ranks = [r] * count
     elif num_branches is not None and num_branches != len(branch_ranks):
         raise ValueError(

@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from manylora.adapter.ids import branch_ids
 from manylora.adapter.selector import BranchSelector
-from manylora.corpus import CorpusError, prompt_ids, read_prompts
+from manylora.corpus import CorpusError, Encoder, Example, Fields, Message, read_examples
 from manylora.evaluate.answers import generate_answers, left_padded
-from manylora.run import config_of, load
+from manylora.run import config_of, load, recipe_of
 
 
 def predict_file(
@@ -25,16 +25,17 @@ def predict_file(
     batch_size: int = 16,
     task: str | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Each row of a JSONL file with the model's greedy answer as `prediction`, in file order.
+    """Each row of a file with the model's greedy answer as `prediction`, in file order.
 
     task: the branch of all rows, for adapters that choose it by task; else the saved selector
     chooses for each prompt, and what it chose is in the row as `branch`.
 
     Raises CorpusError for a row that cannot be read, before the model is loaded.
     """
-    examples = read_prompts(file)
+    examples = read_prompts(file, recipe_of(run).fields)
     model, tokenizer = load(run)
-    prompts = [prompt_ids(example.prompt, tokenizer) for example in examples]
+    encoder = Encoder(tokenizer, max_length=2**31)
+    prompts = [encoder.prompt_ids(example.prompt) for example in examples]
     selector = config_of(model).branch_selector
     ids = None if selector is None else _choose(selector, prompts, task)
     if selector is None and task is not None:
@@ -52,10 +53,22 @@ def predict_file(
         ids,
     )
     for i, (example, answer) in enumerate(zip(examples, answers, strict=True)):
-        row: dict[str, Any] = {"instruction": example.instruction, "input": example.input}
+        row: dict[str, Any] = {"source": example.source, "messages": example.prompt}
         if ids is not None and selector is not None:
             row["branch"] = selector.names[ids[i]] if ids[i] >= 0 else None
         yield {**row, "prediction": tokenizer.decode(answer, skip_special_tokens=True)}
+
+
+def read_prompts(file: Path, fields: Fields) -> list[Example]:
+    """The rows to answer; the first that cannot be is raised as a CorpusError."""
+    if not file.is_file():
+        raise CorpusError(f"{file}: no such file. Give a file of rows to answer.")
+    examples = []
+    for found in read_examples(file, fields, file.stem, answered=False):
+        if isinstance(found, CorpusError):
+            raise found
+        examples.append(found)
+    return examples
 
 
 def _choose(selector: BranchSelector, prompts: Sequence[list[int]], task: str | None) -> list[int]:
@@ -91,12 +104,13 @@ class Conversation:
     def __init__(self, run: Path, max_new_tokens: int = 512) -> None:
         self.model, self.tokenizer = load(run)
         self.max_new_tokens = max_new_tokens
-        self.messages: list[dict[str, Any]] = []
+        self.encoder = Encoder(self.tokenizer, max_length=2**31)
+        self.messages: list[Message] = []
 
     def say(self, text: str, show: Callable[[str], None], task: str | None = None) -> str:
         """The reply to `text`; `show` gets its pieces as they come. task: as in `predict_file`."""
         self.messages.append({"role": "user", "content": text})
-        ids, mask, _ = left_padded([self._prompt(text)], 0, self.model.device)
+        ids, mask, _ = left_padded([self.encoder.prompt_ids(self.messages)], 0, self.model.device)
         selector = config_of(self.model).branch_selector
         branch = None if selector is None else _choose(selector, ids.tolist(), task)
         ends = end_tokens(self.model, self.tokenizer)
@@ -111,16 +125,8 @@ class Conversation:
                 eos_token_id=ends,
             )
         reply = self.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
-        self.messages.append({"role": "assistant", "content": reply})
+        self.messages.append({"role": "assistant", "content": str(reply)})
         return str(reply)
-
-    def _prompt(self, text: str) -> list[int]:
-        if self.tokenizer.chat_template is None:
-            return prompt_ids(text, self.tokenizer)
-        rendered = self.tokenizer.apply_chat_template(
-            self.messages, tokenize=False, add_generation_prompt=True
-        )
-        return list(self.tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
 
 def write_rows(rows: Iterator[dict[str, Any]], output: Path) -> int:

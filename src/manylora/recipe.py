@@ -1,7 +1,7 @@
 """What a run is: one typed recipe, from YAML and `key=value`, checked before anything is loaded.
 
     model: smollm2-135m-instruct     # hub name, folder, or the small default
-    data: my/tasks                   # one JSONL file a task
+    data: my/tasks                   # one file a task: JSONL, JSON, CSV or Parquet
     adapter: {method: hydralora, r: 8}
     train: {epochs: 3, learning_rate: 1e-3}
     output: runs/mine
@@ -21,14 +21,16 @@ from typing import Any, Literal
 
 import yaml
 from peft import PeftConfig
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import Field, ValidationError, create_model, model_validator
 
 from manylora.adapter.config import ManyLoraConfig
-from manylora.base import DEFAULT_MODEL, Dtype, Quantize
-from manylora.corpus import Strategy, samples_path
+from manylora.base import DEFAULT_MODEL, Dtype, Quantize, pinned
+from manylora.corpus import Corpus, Data, DataOptions, Fields, Mixture, absolute, load_corpus
+from manylora.corpus.store import Count
+from manylora.train_recipe import EvaluateRecipe, Strict, TrainRecipe
+from manylora.training.optimizer import check_parts
 
 RECIPE_FILE = "recipe.yaml"
-BUNDLED = "samples"
 
 # What a run decides itself, or what only a caller in Python can use.
 _NOT_IN_A_RECIPE = {
@@ -45,10 +47,6 @@ class RecipeError(ValueError):
     """A recipe that cannot be run, with where it is wrong and what would be right."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
-
-
 def _adapter_fields() -> dict[str, Any]:
     hints = typing.get_type_hints(ManyLoraConfig)
     inherited = typing.get_type_hints(PeftConfig)
@@ -60,45 +58,24 @@ def _adapter_fields() -> dict[str, Any]:
     }
 
 
-AdapterRecipe: Any = create_model("AdapterRecipe", __base__=_Strict, **_adapter_fields())
+AdapterRecipe: Any = create_model("AdapterRecipe", __base__=Strict, **_adapter_fields())
 
 
-class TrainRecipe(_Strict):
-    """How long and how fast: learning_rate is AdamW's peak; warmup is a share of all steps."""
-
-    epochs: float = Field(3.0, gt=0)
-    max_steps: int | None = Field(None, ge=1)
-    batch_size: int = Field(8, ge=1)
-    gradient_accumulation: int = Field(1, ge=1)
-    learning_rate: float = Field(1e-3, gt=0)
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: float = Field(0.05, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    gradient_checkpointing: bool = False
-    log_every: int = Field(10, ge=1)
-    checkpoint_every: int | None = Field(None, ge=1)
-
-
-class EvaluateRecipe(_Strict):
-    """Held-out rows scored for each task, before and after training; 0 scores nothing."""
-
-    rows_per_task: int = Field(100, ge=0)
-    batch_size: int = Field(16, ge=1)
-    generate: bool = True
-
-
-class Recipe(_Strict):
+class Recipe(Strict):
     """A whole run. Paths are relative to the working directory."""
 
     model: str = DEFAULT_MODEL
     dtype: Dtype = "float32"
     quantize: Quantize | None = None
-    data: str
+    start_from: str | None = None
+    data: Data
+    fields: Fields = Fields()
+    on_bad_row: Literal["refuse", "skip"] = "refuse"
     holdout: float = Field(0.1, gt=0, lt=1)
-    mixture: Strategy = "proportional"
+    validation: float = Field(0.0, ge=0, lt=1)
+    mixture: Mixture = Mixture()
     max_length: int = Field(1024, ge=8)
+    packing: bool = False
     adapter: AdapterRecipe = Field(default_factory=AdapterRecipe)
     train: TrainRecipe = Field(default_factory=TrainRecipe)
     evaluate: EvaluateRecipe = Field(default_factory=EvaluateRecipe)
@@ -106,13 +83,25 @@ class Recipe(_Strict):
     output: str = "runs/latest"
 
     @model_validator(mode="after")
-    def _adapter_fits(self) -> Recipe:
-        self.config()
+    def _fits_together(self) -> Recipe:
+        check_parts(self.train, self.config())
+        if self.train.evaluate_every is not None and not self.validation:
+            raise ValueError(
+                f"train.evaluate_every={self.train.evaluate_every} has no rows to evaluate; set "
+                "validation=0.05, the share of the training rows that is kept apart for it"
+            )
         return self
 
-    @property
-    def data_path(self) -> Path:
-        return samples_path() if self.data == BUNDLED else Path(self.data)
+    def load_corpus(self, count: Count = lambda rows: None) -> Corpus:
+        """Read and split the rows; count is told how many have been read, from time to time."""
+        options = DataOptions(
+            fields=self.fields,
+            skip_bad_rows=self.on_bad_row == "skip",
+            holdout=self.holdout,
+            validation=self.validation,
+            seed=self.seed,
+        )
+        return load_corpus(self.data, options, count)
 
     @property
     def run(self) -> Path:
@@ -134,10 +123,10 @@ class Recipe(_Strict):
         return config
 
     def resolved(self) -> Recipe:
-        """The same recipe with its local folders absolute, so that it means the same anywhere."""
-        data = self.data if self.data == BUNDLED else str(Path(self.data).resolve())
-        model = str(Path(self.model).resolve()) if Path(self.model).is_dir() else self.model
-        return self.model_copy(update={"data": data, "model": model})
+        """The same recipe with its local paths absolute, so that it means the same anywhere."""
+        start = str(Path(self.start_from).resolve()) if self.start_from else None
+        update = {"data": absolute(self.data), "model": pinned(self.model), "start_from": start}
+        return self.model_copy(update=update)
 
     def save(self, folder: Path) -> None:
         text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
@@ -168,11 +157,11 @@ def parse_recipe(values: dict[str, Any], where: str = "the recipe") -> Recipe:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = _plain_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecipeError(f"no recipe at {path}; write one like examples/recipe.yaml") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise RecipeError(f"{path} is not a readable YAML file: {error}") from None
+    except (_NotYamlError, UnicodeDecodeError, OSError) as error:
+        raise RecipeError(f"{path} is not a readable YAML file: {_short(error)}") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{path} must hold `key: value` lines, found {type(values).__name__}")
     return values
@@ -181,16 +170,55 @@ def _read(path: Path) -> dict[str, Any]:
 def _apply(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise RecipeError(f"{override!r} is not key=value, as in train.learning_rate=1e-3")
+        raise RecipeError(f"{_short(override)!r} is not key=value, as in train.learning_rate=1e-3")
     *parents, last = key.split(".")
     for parent in parents:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
-            raise RecipeError(f"{override!r}: {parent!r} holds a value, not a group of keys")
+            raise RecipeError(
+                f"{_short(override)!r}: {_short(parent)!r} holds a value, not a group of keys"
+            )
     try:
-        values[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{override!r}: the value is not YAML: {error}") from None
+        values[last] = _plain_yaml(text)
+    except _NotYamlError as error:
+        raise RecipeError(f"{_short(override)!r}: the value is not YAML: {_short(error)}") from None
+
+
+class _NotYamlError(ValueError):
+    pass
+
+
+class _Loader(yaml.SafeLoader):
+    """Without aliases, a few of which can stand for more than the memory holds, or huge numbers."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise _NotYamlError("aliases (*name) are not read in a recipe; write the value out")
+        return super().compose_node(parent, index)
+
+    def construct_yaml_int(self, node: Any) -> int:
+        number = super().construct_yaml_int(node)
+        if number.bit_length() > 63:
+            raise _NotYamlError("a number of more than 63 bits")
+        return number
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
+def _plain_yaml(text: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except _NotYamlError:
+        raise
+    # PyYAML's constructors raise whatever int(), float() and its own tables do.
+    except Exception as error:
+        raise _NotYamlError(str(error) or type(error).__name__) from None
+
+
+def _short(value: object, most: int = 200) -> str:
+    text = str(value)
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def _explain(problem: Any) -> str:
@@ -198,22 +226,24 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         group = problem["loc"][:-1]
         known = list((GROUPS[group[0]] if group else Recipe).model_fields)
-        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+        near = difflib.get_close_matches(_short(problem["loc"][-1]), known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-        return f"unknown key {where!r}; {hint}"
+        return f"unknown key {_short(where)!r}; {hint}"
     if problem["type"] == "missing":
         return f"{where!r} is missing" + (
             ": the folder of your task files, or `samples` for the bundled ones"
             if where == "data"
             else ""
         )
-    message = problem["msg"].removeprefix("Value error, ")
-    given = f" (got {problem['input']!r})" if where else ""
-    return f"{where + ': ' if where else ''}{message}{given}"
+    message = _short(problem["msg"].removeprefix("Value error, "), 2000)
+    given = f" (got {_short(repr(problem['input']), 80)})" if where else ""
+    return f"{_short(where) + ': ' if where else ''}{message}{given}"
 
 
 GROUPS: dict[Any, Any] = {
     "adapter": AdapterRecipe,
     "train": TrainRecipe,
     "evaluate": EvaluateRecipe,
+    "mixture": Mixture,
+    "fields": Fields,
 }

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from manylora import __version__
 from manylora.adapter.config import ManyLoraConfig
-from manylora.base import load_model, load_tokenizer
+from manylora.base import load_model, load_tokenizer, name_and_revision
 from manylora.recipe import RECIPE_FILE, Recipe, load_recipe
 
 SUMMARY_FILE = "summary.json"
@@ -47,6 +47,10 @@ def config_of(model: PeftModel, adapter: str = "default") -> ManyLoraConfig:
 
 def recipe_of(run: Path) -> Recipe:
     """The resolved recipe of a finished run."""
+    if (run / RECIPE_FILE).is_file() and not is_finished(run):
+        raise FileNotFoundError(
+            f"{run} is not a finished run; finish it with `manylora train {run} --resume`"
+        )
     for name in (RECIPE_FILE, "adapter_config.json"):
         if not (run / name).is_file():
             raise FileNotFoundError(
@@ -56,8 +60,13 @@ def recipe_of(run: Path) -> Recipe:
     return load_recipe(run)
 
 
+def is_finished(run: Path) -> bool:
+    """The adapter's configuration is the last file that a run writes."""
+    return (run / RECIPE_FILE).is_file() and (run / "adapter_config.json").is_file()
+
+
 def write_summary(
-    run: Path, model: PeftModel, recipe: Recipe, mixture: Sequence[Any], **measured: Any
+    folder: Path, model: PeftModel, recipe: Recipe, mixture: Sequence[Any], **measured: Any
 ) -> None:
     """summary.json: what was trained, on what, for how long."""
     trained, total = model.get_nb_trainable_parameters()
@@ -75,7 +84,7 @@ def write_summary(
         "mixture": list(mixture),
         **measured,
     }
-    (run / SUMMARY_FILE).write_text(json.dumps(summary, indent=2), encoding="utf-8")
+    (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=2), encoding="utf-8")
 
 
 def peak_memory(device: torch.device) -> int:
@@ -90,12 +99,12 @@ def _cpu_name() -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
-def write_card(run: Path, recipe: Recipe, tasks: Sequence[str]) -> None:
+def write_card(folder: Path, recipe: Recipe, tasks: Sequence[str]) -> None:
     """README.md: the model card, with the import without which the adapter does not load."""
-    config = recipe.config(len(tasks))
-    (run / "README.md").write_text(
+    config, name = recipe.config(len(tasks)), recipe.run.name
+    (folder / "README.md").write_text(
         f"""---
-base_model: {recipe.model}
+base_model: {name_and_revision(recipe.model)[0]}
 library_name: peft
 tags: [manylora, {config.method}, multi-task, lora]
 ---
@@ -107,7 +116,7 @@ A multi-branch LoRA adapter for {len(tasks)} tasks: {", ".join(tasks)}.
 ```python
 import manylora  # registers the adapter's type with PEFT; without it loading ends in a KeyError
 
-model, tokenizer = manylora.load("{run.name}")  # this folder
+model, tokenizer = manylora.load("{name}")  # this folder
 ```
 
 Or with PEFT alone, on a base model of your own:
@@ -116,7 +125,7 @@ Or with PEFT alone, on a base model of your own:
 import manylora
 from peft import PeftModel
 
-model = PeftModel.from_pretrained(base_model, "{run.name}")
+model = PeftModel.from_pretrained(base_model, "{name}")
 ```
 
 Scores before and after training are in `scores.json`, with pictures in `report.html`; the run is

@@ -1,135 +1,221 @@
 """The training run: a recipe in, a run folder out.
 
 corpus -> frozen base + adapter -> TRL's SFTTrainer (loss on the answers alone) -> scores before and
-after.
+after. A run that is stopped, by whatever, goes on from its last checkpoint to the same result.
 """
 
 from __future__ import annotations
 
+import gc
+import json
+import shutil
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from datasets import Dataset
 from rich.console import Console
-from transformers import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig  # type: ignore[attr-defined]
 
-from manylora.corpus import Collator
-from manylora.corpus.encode import dataset_rows
+from manylora.corpus import Collator, DrawOrder, dataset_of
 from manylora.evaluate.held_out import Scorer
+from manylora.evaluate.scores import Metrics
 from manylora.precision import resolve_precision
-from manylora.prepare import ADAPTER, Prepared, prepare
-from manylora.progress import GradientCheck, MetricsFile, ProgressBar
-from manylora.recipe import Recipe, load_recipe
+from manylora.recipe import RECIPE_FILE, Recipe
 from manylora.run import config_of, write_card, write_summary
-from manylora.trainer import MixtureSampler, RunTrainer
+from manylora.training.checkpoints import (
+    CHECKPOINTS,
+    last_checkpoint,
+    new_partial,
+    prune,
+    publish_files,
+    write_atomically,
+)
+from manylora.training.interrupts import Interrupts
+from manylora.training.keeping import errors_tell_what_is_kept, signals_tell_what_is_kept
+from manylora.training.out_of_memory import Batch, StartingPoint, smaller_batch
+from manylora.training.prepare import ADAPTER, Prepared, prepare
+from manylora.training.progress import GradientCheck, MetricsFile, ProgressBar
+from manylora.training.reporting import PROJECT, check_reporters, reporters
+from manylora.training.run_folder import is_begun, refuse_used_folder, run_folder
+from manylora.training.start import inherit, read_start
+from manylora.training.survival import Saves, read_progress
+from manylora.training.trainer import RunTrainer
+from manylora.training.validation import BEST, Validation
 
 
 def train(recipe: Recipe, console: Console | None = None, resume: bool = False) -> Path:
     """Run a recipe and return its run folder, complete with adapter, scores and report data.
 
-    resume: go on from the last checkpoint of the same recipe's interrupted run; the result is the
-    same as without the interruption. Raises FileNotFoundError when there is none.
+    resume: go on from the last checkpoint of the same recipe's run, or from its start when there
+    is none; the result is the same as without the interruption.
+
+    Raises RunError, which says what is kept, for what stops a run that has begun, and Interrupted
+    for a signal.
     """
     console = console or Console(stderr=True)
+    check_reporters(recipe.train.report_to)
+    if recipe.start_from is not None:
+        recipe = inherit(recipe, read_start(Path(recipe.start_from)))
     recipe = recipe.resolved()
-    checkpoint = last_checkpoint(recipe) if resume else None
-    if not resume:
-        refuse_used_folder(recipe.run)
-    prepared = prepare(recipe, console)
     run = recipe.run
-    run.mkdir(parents=True, exist_ok=True)
-    recipe.save(run)
-    scorer = Scorer(recipe, prepared.corpus, prepared.tokenizer, console)
-    clock = [time.perf_counter()]
-    before = scorer.base(prepared.model)
-    clock.append(time.perf_counter())
-    trainer, dead = fit(prepared, run, console, checkpoint)
-    clock.append(time.perf_counter())
-    prepared.model.save_pretrained(str(run))
-    scorer.write(run, before, *scorer.adapter(prepared.model))
-    clock.append(time.perf_counter())
+    with Interrupts() as interrupts, run_folder(run), signals_tell_what_is_kept(run):
+        begun = resume and is_begun(recipe, console)
+        if not begun:
+            refuse_used_folder(run)
+        with errors_tell_what_is_kept(run) if begun else nullcontext():
+            prepared = prepare(recipe, console)
+        with errors_tell_what_is_kept(run):
+            save_recipe(recipe)
+            finish(prepared, console, interrupts)
+    return run
+
+
+def save_recipe(recipe: Recipe) -> None:
+    partial = new_partial(recipe.run / RECIPE_FILE)
+    recipe.save(partial)
+    publish_files(partial, recipe.run, last=RECIPE_FILE)
+
+
+def finish(prepared: Prepared, console: Console, interrupts: Interrupts) -> None:
+    """From wherever the run stands to its last file."""
+    recipe, run = prepared.recipe, prepared.recipe.run
+    scorer = Scorer(recipe, prepared.corpus, prepared.tokenizer, console, prepared.tasks)
+    before, seconds = scores_before(scorer, prepared, run)
+    trainer = fit(prepared, console, interrupts)
+    started = time.perf_counter()
+    after = scorer.adapter(prepared.model)
+    partial = new_partial(run / "finished")
+    prepared.model.save_pretrained(str(partial))
+    scorer.write(partial, before, *after)
     write_summary(
-        run,
+        partial,
         prepared.model,
         recipe,
         prepared.mixture,
         steps=trainer.state.global_step,
         train_tokens=trainer.tokens,
-        train_seconds=clock[2] - clock[1],
-        evaluate_seconds=clock[1] - clock[0] + clock[3] - clock[2],
-        dead_gradients=dead,
+        batch_size=trainer.args.per_device_train_batch_size,
+        gradient_accumulation=trainer.args.gradient_accumulation_steps,
+        train_seconds=trainer.seconds,
+        evaluate_seconds=seconds + time.perf_counter() - started,
+        dead_gradients=trainer.dead,
     )
-    write_card(run, recipe, prepared.corpus.tasks)
-    return run
+    write_card(partial, recipe, prepared.tasks)
+    publish_files(partial, run, last="adapter_config.json")
+    before_file(run).unlink(missing_ok=True)
+    shutil.rmtree(run / BEST, ignore_errors=True)
+    prune(run, keep=1)
 
 
-def refuse_used_folder(run: Path) -> None:
-    if run.exists() and any(run.iterdir()):
-        raise FileExistsError(
-            f"the run folder {run} is not empty; choose another with output=FOLDER, or remove it"
-        )
+def before_file(run: Path) -> Path:
+    return run / CHECKPOINTS / "before.json"
 
 
-def last_checkpoint(recipe: Recipe) -> str:
-    """The newest checkpoint of an interrupted run of this recipe."""
-    found = None
-    if (recipe.run / "checkpoints").is_dir():
-        found = get_last_checkpoint(str(recipe.run / "checkpoints"))
-    if found is None:
-        raise FileNotFoundError(
-            f"{recipe.run} has no checkpoint to resume from; checkpoints are written with "
-            "train.checkpoint_every=STEPS, and without one the run has to start again"
-        )
-    known = load_recipe(recipe.run)
-    if known != recipe:
-        raise ValueError(
-            f"the recipe is not the one that {recipe.run} was started with, so it cannot be "
-            f"resumed; give the run folder itself: manylora train {recipe.run} --resume"
-        )
-    return str(found)
+def scores_before(
+    scorer: Scorer, prepared: Prepared, run: Path
+) -> tuple[dict[str, Metrics], float]:
+    """The base model's scores and how long they took; a resumed run reads them back."""
+    path = before_file(run)
+    if path.is_file():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["data"] != prepared.corpus.content:
+            raise ValueError(
+                f"the data are not what they were when {run} began, so it cannot go on; put them "
+                "back, or start a new run"
+            )
+        return found["scores"], found["seconds"]
+    started = time.perf_counter()
+    scores = scorer.base(prepared.model)
+    seconds = time.perf_counter() - started
+    path.parent.mkdir(exist_ok=True)
+    known = {"data": prepared.corpus.content, "seconds": seconds, "scores": scores}
+    write_atomically(path, json.dumps(known))
+    return scores, seconds
 
 
-def fit(
-    prepared: Prepared, run: Path, console: Console, checkpoint: str | None = None
-) -> tuple[RunTrainer, list[str]]:
-    """Train the adapter; returns the trainer and the names of tensors without a gradient."""
-    recipe = prepared.recipe
-    tasks = prepared.corpus.tasks
-    sizes = {task: len(prepared.train[task]) for task in tasks}
-    rows = dataset_rows((item for task in tasks for item in prepared.train[task]), tasks)
+def fit(prepared: Prepared, console: Console, interrupts: Interrupts) -> RunTrainer:
+    """Train the adapter, in smaller batches where the memory asks for it."""
+    run, train = prepared.recipe.run, prepared.recipe.train
+    batch = Batch(train.batch_size, train.gradient_accumulation)
+    if (checkpoint := last_checkpoint(run)) is not None:
+        done = read_progress(checkpoint)
+        batch = Batch(done["batch_size"], done["gradient_accumulation"])
+    start = None
+    more = [*validations(prepared.recipe, console), *reporters(train.report_to, run)]
+    while True:
+        trainer, bar = make_trainer(prepared, batch, console, interrupts, more)
+        start = start or StartingPoint(prepared.model)
+        try:
+            with interrupts.waiting():
+                trainer.go_on(last_checkpoint(run))
+            trainer.read_task_losses()  # the steps after the last logged one count as well
+            return trainer
+        except torch.OutOfMemoryError:
+            pass  # its traceback holds the step's tensors, so the rest has to be outside of it
+        finally:
+            bar.stop()
+        batch = smaller_batch(batch, console)
+        trainer.accelerator.unwrap_model(prepared.model, keep_fp32_wrapper=False)
+        trainer.accelerator.free_memory()
+        start.restore(prepared.model)
+        del trainer, bar
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def validations(recipe: Recipe, console: Console) -> list[TrainerCallback]:
+    train = recipe.train
+    if train.evaluate_every is None:
+        return []
+    return [Validation(recipe.run, train.evaluate_every, train.early_stopping, console)]
+
+
+def make_trainer(
+    prepared: Prepared,
+    batch: Batch,
+    console: Console,
+    interrupts: Interrupts,
+    more: list[TrainerCallback],
+) -> tuple[RunTrainer, ProgressBar]:
+    """A trainer and its progress bar; `more` are callbacks that come after metrics.jsonl's."""
+    recipe, validation = prepared.recipe, prepared.validation
+    sizes = {task: len(rows) for task, rows in prepared.train.items()}
+    saves = Saves(recipe.train.checkpoint_every, interrupts)
     check = GradientCheck(ADAPTER, console)
-    metrics = MetricsFile(run / "metrics.jsonl")
+    metrics = MetricsFile(recipe.run / "metrics.jsonl")
+    bar = ProgressBar(console)
     trainer = RunTrainer(
-        MixtureSampler(sizes, recipe.mixture, recipe.seed),
-        tasks,
+        DrawOrder(sizes, recipe.mixture, recipe.seed),
+        prepared.tasks,
         config_of(prepared.model).branches_of().needs_ids,
+        recipe.train,
         model=prepared.model,
         processing_class=prepared.tokenizer,
-        args=training_arguments(recipe, run, prepared.model.device),
-        train_dataset=Dataset.from_list(rows),
-        data_collator=Collator(int(prepared.tokenizer.pad_token_id), tasks),
-        callbacks=[metrics, check, ProgressBar(console)],
+        args=training_arguments(recipe, batch, prepared.model.device),
+        train_dataset=dataset_of(prepared.train, prepared.tasks, prepared.encoder),
+        eval_dataset=dataset_of(validation, prepared.tasks, prepared.encoder)
+        if recipe.train.evaluate_every
+        else None,
+        data_collator=Collator(int(prepared.tokenizer.pad_token_id), recipe.packing),
+        callbacks=[saves, metrics, *more, check, bar],
     )
     trainer.remove_callback(PrinterCallback)
-    metrics.trainer = check.trainer = trainer
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.read_task_losses()  # the steps after the last logged one count as well
-    return trainer, check.dead
+    saves.trainer = metrics.trainer = check.trainer = trainer
+    return trainer, bar
 
 
-def training_arguments(recipe: Recipe, run: Path, device: torch.device) -> SFTConfig:
+def training_arguments(recipe: Recipe, batch: Batch, device: torch.device) -> SFTConfig:
     """The recipe in the trainer's own terms."""
     train = recipe.train
     precision = resolve_precision(train.precision, device)
     return SFTConfig(
-        output_dir=str(run / "checkpoints"),
+        output_dir=str(recipe.run / CHECKPOINTS),
         num_train_epochs=train.epochs,
         max_steps=-1 if train.max_steps is None else train.max_steps,
-        per_device_train_batch_size=train.batch_size,
-        gradient_accumulation_steps=train.gradient_accumulation,
+        per_device_train_batch_size=batch.size,
+        gradient_accumulation_steps=batch.accumulation,
         learning_rate=train.learning_rate,
         lr_scheduler_type=train.schedule,
         warmup_steps=train.warmup,
@@ -140,12 +226,17 @@ def training_arguments(recipe: Recipe, run: Path, device: torch.device) -> SFTCo
         gradient_checkpointing=train.gradient_checkpointing,
         logging_steps=train.log_every,
         logging_first_step=True,
-        save_strategy="no" if train.checkpoint_every is None else "steps",
-        save_steps=train.checkpoint_every or 500,
-        save_total_limit=2,
+        logging_nan_inf_filter=False,
+        save_strategy="no",  # `Saves` decides
         seed=recipe.seed,
         use_cpu=device.type == "cpu",
-        report_to="none",
+        eval_strategy="steps" if train.evaluate_every else "no",
+        eval_steps=train.evaluate_every,
+        per_device_eval_batch_size=recipe.evaluate.batch_size,
+        report_to="none",  # `reporters` does
+        run_name=recipe.run.name,
+        project=PROJECT,
+        dataloader_num_workers=1,
         disable_tqdm=True,
         max_length=None,
         remove_unused_columns=False,

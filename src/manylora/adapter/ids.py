@@ -45,6 +45,23 @@ def branch_ids(
 
 
 @contextmanager
+def token_mask(model: nn.Module, mask: Tensor) -> Iterator[None]:
+    """Say which tokens are no padding, where the model gets no attention mask: (batch, tokens).
+
+    A router's balance loss counts those alone.
+    """
+    states = list({id(layer.state): layer.state for layer in layers_of(model)}.values())
+    before = [state.token_mask for state in states]
+    for state in states:
+        state.token_mask = mask
+    try:
+        yield
+    finally:
+        for state, old in zip(states, before, strict=True):
+            state.token_mask = old
+
+
+@contextmanager
 def set_ids(model: nn.Module, ids: Tensor, selected: bool = False) -> Iterator[None]:
     """`branch_ids`, also for ids that a selector chose (then one for each prompt)."""
     layers = layers_of(model)

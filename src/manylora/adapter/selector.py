@@ -48,19 +48,33 @@ class BranchSelector:
         buckets: int = 8192,
     ) -> BranchSelector:
         """Fit to prompts (token ids) whose branch is known; every branch needs a prompt."""
-        missing = [name for i, name in enumerate(names) if i not in set(branches)]
-        if missing:
-            raise ValueError(f"no training prompt for {', '.join(missing)}: cannot select it")
+        _refuse_missing(branches, names)
         counts = torch.stack([_counts(torch.tensor(p), buckets) for p in prompts])
         idf = torch.log((1 + len(prompts)) / (1 + (counts > 0).sum(0)))
-        features = _unit(torch.log1p(counts) * idf)
-        owner = torch.tensor(branches)
-        sums = torch.zeros(len(names), buckets).index_add_(0, owner, features)
-        # Each prompt against the others of its branch: a centroid is biased towards its members.
-        others = (features * _unit(sums[owner] - features)).sum(1)
-        others = others[torch.bincount(owner)[owner] > 1]
-        threshold = max(float(others.min()) if len(others) else 0.0, 1e-6)
-        return cls(idf, _unit(sums), threshold, list(names))
+        centroids, threshold = _centroids(_unit(torch.log1p(counts) * idf), branches, len(names))
+        return cls(idf, centroids, threshold, list(names))
+
+    def extended(
+        self, prompts: Sequence[Sequence[int]], branches: Sequence[int], names: Sequence[str]
+    ) -> BranchSelector:
+        """This selector with new branches after its own; `branches` are places in `names`.
+
+        The weights of tokens and the known centroids stay, so a prompt of a known branch goes where
+        it went unless it is more like a new one. The threshold is the lower one of both.
+        """
+        _refuse_missing(branches, names)
+        known = [name for name in names if name in self.names]
+        if known:
+            raise ValueError(f"the selector already has a branch for {', '.join(known)}")
+        counts = [_counts(torch.tensor(p), self.idf.numel()) for p in prompts]
+        features = _unit(torch.log1p(torch.stack(counts)) * self.idf)
+        centroids, threshold = _centroids(features, branches, len(names))
+        return BranchSelector(
+            self.idf,
+            torch.cat([self.centroids, centroids]),
+            min(self.threshold, threshold),
+            [*self.names, *names],
+        )
 
     def select(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """Branch ids (batch,) for prompts (batch, tokens); mask is true where a prompt's token is.
@@ -121,6 +135,22 @@ def missing_selector(where: str) -> ValueError:
         f"the adapter {where} chooses its branch by a selector, but {SELECTOR_FILE} is not beside "
         "its weights; copy the whole adapter folder, or load it with PeftModel.from_pretrained"
     )
+
+
+def _refuse_missing(branches: Sequence[int], names: Sequence[str]) -> None:
+    missing = [name for i, name in enumerate(names) if i not in set(branches)]
+    if missing:
+        raise ValueError(f"no training prompt for {', '.join(missing)}: cannot select it")
+
+
+def _centroids(features: Tensor, branches: Sequence[int], count: int) -> tuple[Tensor, float]:
+    """Unit rows, one for each branch, and the cosine that every prompt has to its own branch."""
+    owner = torch.tensor(branches)
+    sums = torch.zeros(count, features.shape[1]).index_add_(0, owner, features)
+    # Each prompt against the others of its branch: a centroid is biased towards its members.
+    others = (features * _unit(sums[owner] - features)).sum(1)
+    others = others[torch.bincount(owner)[owner] > 1]
+    return _unit(sums), max(float(others.min()) if len(others) else 0.0, 1e-6)
 
 
 def _counts(ids: Tensor, buckets: int) -> Tensor:

@@ -2,14 +2,17 @@
 
     class Trainer(ManyLoraTrainerMixin, SFTTrainer): ...
 
-The mixin gives a batch's `branch_ids` column to the adapter, adds a router's balance loss with the
-weight it should have under gradient accumulation, and keeps routers, gates and scales in float32.
+The mixin gives a data set's `branch_ids` column to the adapter, for pairs of answers (DPO) too; it
+adds a router's balance loss with the weight it should have under gradient accumulation, and keeps
+routers, gates and scales in float32.
 Without a trainer: `loss = model(**batch).loss + manylora.balance_loss(model)`.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -18,18 +21,21 @@ from torch import Tensor, nn
 from manylora.adapter.ids import branch_ids
 from manylora.adapter.layer import ManyLoraLayer, layers_of
 
+COLUMN = "branch_ids"
 _SMALL = ("manylora_router", "manylora_gate", "manylora_scale")
 
 
 def balance_loss(model: nn.Module) -> Tensor | float:
     """The weighted balance losses of the last forward pass, averaged over layers; then forgotten.
 
-    0.0 when no adapter has one. Call once for each training forward pass. Raises RuntimeError when
+    Those of the active adapters: the frozen copy that DPO compares with has none. 0.0 when no
+    adapter has one. Call once for each training forward pass. Raises RuntimeError when
     the losses cannot reach the router.
     """
     losses = []
     for layer in layers_of(model):
-        losses += list(layer.routing_loss.values())
+        active = layer.active_adapters
+        losses += [loss for name, loss in layer.routing_loss.items() if name in active]
         layer.routing_loss.clear()
     if not losses:
         return 0.0
@@ -53,23 +59,83 @@ def keep_small_tensors_in_float32(model: nn.Module) -> None:
                     factor.weight.data = factor.weight.data.float()
 
 
+class BranchIdsCollator:
+    """Another data collator, whose batch also gets the `branch_ids` of its rows, one a row."""
+
+    def __init__(self, collator: Callable[[list[Any]], Any]) -> None:
+        self.collator = collator
+
+    def __call__(self, rows: list[Any]) -> Any:
+        batch = self.collator(rows)
+        if not isinstance(rows[0], Mapping) or COLUMN not in rows[0] or COLUMN in batch:
+            return batch
+        ids = [row[COLUMN] for row in rows]
+        if not all(isinstance(value, Integral) for value in ids):
+            raise ValueError(
+                f"the column {COLUMN} must hold one integer a row, got {ids[:3]}; for an id a "
+                f"token, let your data collator make `{COLUMN}` of shape (batch, tokens)"
+            )
+        batch[COLUMN] = torch.tensor(ids)
+        return batch
+
+
 class ManyLoraTrainerMixin:
     """Left of a transformers or TRL trainer class; see the module's text.
 
-    A batch may hold `branch_ids`, (batch,) or (batch, tokens). The data collator must make it, and
-    `remove_unused_columns=False` must let its source column through.
+    A data set's column `branch_ids`, one integer a row, says which branch (or task, for a learned
+    gate) each row belongs to. It needs no setting: it passes the trainer's data collator and its
+    removal of unused columns. A data collator may also make `branch_ids` itself, (batch,) or
+    (batch, tokens).
+
+    In DPO a row is a pair, and a batch holds all chosen answers, then all rejected ones: both
+    halves get the ids of the pairs, in the policy's pass and in the reference's, computed on the
+    way or beforehand (`precompute_ref_log_probs`).
     """
+
+    _signature_columns: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         keep_small_tensors_in_float32(self.model)  # type: ignore[attr-defined]
 
+    # A property, because trainers choose their own collator in the middle of __init__, and DPO
+    # uses it there for the reference's log-probabilities.
+    @property
+    def data_collator(self) -> Any:
+        return self._collator
+
+    @data_collator.setter
+    def data_collator(self, collator: Any) -> None:
+        known = isinstance(collator, BranchIdsCollator)
+        self._collator: BranchIdsCollator = collator if known else BranchIdsCollator(collator)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()  # type: ignore[misc]
+        columns = self._signature_columns
+        if COLUMN not in columns:
+            self._signature_columns = [*columns, COLUMN]
+
+    def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
+        """DPO's reference, computed before training."""
+        with self._ids_of(inputs):
+            return super().compute_ref_log_probs(model, inputs)  # type: ignore[misc]
+
+    def _ids_of(self, inputs: dict[str, Any]) -> AbstractContextManager[None]:
+        """Take the ids out of the batch and tell the adapter; pairs of answers share theirs."""
+        given = inputs.pop(COLUMN, None)
+        if given is None:
+            return nullcontext()
+        ids = torch.as_tensor(given)
+        rows = inputs.get("input_ids")
+        if ids.dim() and rows is not None and len(rows) == 2 * len(ids):
+            ids = torch.cat([ids, ids])
+        return branch_ids(self.model, ids)  # type: ignore[attr-defined]
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        ids = inputs.pop("branch_ids", None)
         mine = self.model  # type: ignore[attr-defined]
-        with nullcontext() if ids is None else branch_ids(mine, ids):
+        with self._ids_of(inputs):
             result = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
         extra = balance_loss(mine)
         if not isinstance(extra, Tensor):
@@ -102,14 +168,17 @@ def dead_gradients(model: nn.Module, adapter: str, ids: set[int] | None = None) 
     is not reported: while a branch's B is zero nothing reaches its A, its router and its gate, and
     while its scale c is zero only c is reached; so a first call tells about B (or c), and one after
     the first update about the rest. ids: the branch or task ids that had an example in this step;
-    other branches are not expected to have a gradient.
+    other branches are not expected to have a gradient, nor is a frozen tensor.
     """
     dead = []
     for layer in layers_of(model):
         if adapter not in layer.branches:
             continue
         for part in layer.branches[adapter].shapes(layer.in_features, layer.out_features):
-            gradient = getattr(layer, f"manylora_{part}")[adapter].weight.grad
+            weight = getattr(layer, f"manylora_{part}")[adapter].weight
+            if not weight.requires_grad:
+                continue
+            gradient = weight.grad
             for branch in _reached(layer, adapter, part, ids):
                 block = None if gradient is None else _block(layer, adapter, part, gradient, branch)
                 if block is None or not bool(block.any()):

@@ -1,53 +1,42 @@
-"""Data: task files read, encoded and mixed."""
+"""Data: files read, checked, split, mixed, encoded and put into batches."""
 
 from __future__ import annotations
 
-from manylora.corpus.encode import (
-    Collator,
-    Encoded,
-    Row,
-    TooLongError,
-    dataset_rows,
-    encode,
-    encode_all,
-    prompt_ids,
-)
-from manylora.corpus.formats import (
-    Corpus,
-    CorpusError,
-    Example,
-    load_corpus,
-    read_prompts,
-    read_tasks,
-    samples_path,
-)
-from manylora.corpus.mixture import (
-    MixtureRow,
-    Strategy,
-    mixture_table,
-    print_mixture,
-    sample_order,
-)
+from manylora.corpus.batches import IGNORED, Collator, Row, dataset_of
+from manylora.corpus.encode import Encoded, Encoder, TooLongError
+from manylora.corpus.layouts import CorpusError, Example, Fields, Message
+from manylora.corpus.mixture import DrawOrder, Mixture, shares
+from manylora.corpus.origins import Data, absolute, samples_path
+from manylora.corpus.readers import read_examples, task_files
+from manylora.corpus.split import Corpus, DataOptions, load_corpus
+from manylora.corpus.store import Rows
+from manylora.corpus.table import MixtureRow, mixture_table, print_mixture
 
 __all__ = [
+    "IGNORED",
     "Collator",
     "Corpus",
     "CorpusError",
+    "Data",
+    "DataOptions",
+    "DrawOrder",
     "Encoded",
+    "Encoder",
     "Example",
+    "Fields",
+    "Message",
+    "Mixture",
     "MixtureRow",
     "Row",
-    "Strategy",
+    "Rows",
     "TooLongError",
-    "dataset_rows",
-    "encode",
-    "encode_all",
+    "absolute",
+    "dataset_of",
     "load_corpus",
     "mixture_table",
     "print_mixture",
-    "prompt_ids",
-    "read_prompts",
-    "read_tasks",
-    "sample_order",
+    "read_examples",
     "samples_path",
+    "shares",
+    "task_files",
 ]

@@ -1,209 +1,293 @@
-"""Examples as token ids, with the loss on the answer alone.
+"""Conversations as token ids, with the loss on the assistant's turns alone.
 
-    input_ids = [ prompt tokens | answer tokens, end of turn ]
-    labels    = [ -100 ...      | the same ids              ]
+    input_ids = [ prompt | answer, end of turn | prompt | answer, end of turn ]
+    learned   =            ^^^^^^^^^^^^^^^^^^^            ^^^^^^^^^^^^^^^^^^^
 
-The prompt is the user message in the model's own chat template, with the opening of the
-assistant's turn, tokenised on its own: training sees exactly the tokens that generation sees.
-The answer is what the template writes after it, up to and including the end-of-turn token; what
-follows (often a newline) is dropped. A tokenizer without a chat template gets
-prompt + "\\n" + answer + eos. Nothing is cut: an example that is too long is reported.
+The prompt is the conversation so far in the model's own chat template, with the opening of the
+assistant's turn, tokenised on its own: training sees exactly the tokens that generation sees. The
+answer is what the template writes after it, up to and including the end-of-turn token; what follows
+the last answer (often a newline) is dropped. A tokenizer without a chat template gets each message
+and a newline, and eos after an answer. Nothing is cut: an example that is too long is reported.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from functools import cached_property
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
-from manylora.corpus.formats import CorpusError, Example
-
-IGNORED = -100
+from manylora.corpus.layouts import CorpusError, Example, Message
 
 # Put in an answer's place to see what the template writes after it: a short answer such as "e"
 # could be found inside the end-of-turn token itself.
 _STAND_IN = "the-answer-stands-here"
+_BATCH = 256
+
+Numbers = npt.NDArray[np.int64]
 
 
 class TooLongError(CorpusError):
     """An example has more tokens than the given length."""
 
 
-class Row(TypedDict):
-    """One row of the training data set."""
-
-    input_ids: list[int]
-    prompt_length: int
-    task_id: int
-
-
 @dataclass(frozen=True, slots=True)
 class Encoded:
+    """learned: spans [start, stop) of input_ids that carry loss, one for each assistant turn."""
+
     task: str
     input_ids: list[int]
-    prompt_length: int
-    """Tokens before the answer."""
+    learned: list[tuple[int, int]]
+    source: str = ""
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens before the last answer."""
+        return self.learned[-1][0]
 
     @property
     def answer_tokens(self) -> int:
-        """Tokens that carry loss, the end of turn included."""
-        return len(self.input_ids) - self.prompt_length
-
-
-def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens after which the model is to write its answer."""
-    if tokenizer.chat_template is None:
-        return _with_bos(f"{prompt}\n", tokenizer)
-    return _ids(_rendered_prompt(prompt, tokenizer), tokenizer)
-
-
-def encode(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
-    """One example as token ids; TooLongError when they are more than `max_length`."""
-    before = prompt_ids(example.prompt, tokenizer)
-    ids = before + _answer_ids(example, tokenizer)
-    if len(ids) > max_length:
-        raise TooLongError(
-            f"{example.source}: {len(ids)} tokens ({len(before)} of them the prompt), more than "
-            f"max_length={max_length}. Raise max_length or shorten the row."
-        )
-    return Encoded(task=example.task, input_ids=ids, prompt_length=len(before))
-
-
-def encode_all(
-    examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> tuple[list[Encoded], list[Example]]:
-    """The encoded examples, and those that are too long: the caller reports how many."""
-    encoded: list[Encoded] = []
-    too_long: list[Example] = []
-    for example in examples:
-        try:
-            encoded.append(encode(example, tokenizer, max_length))
-        except TooLongError:
-            too_long.append(example)
-    return encoded, too_long
-
-
-def dataset_rows(encoded: Iterable[Encoded], tasks: Sequence[str]) -> list[Row]:
-    """Plain rows for a data set; a task's id is its place in `tasks`."""
-    index = {task: number for number, task in enumerate(tasks)}
-    return [
-        Row(
-            input_ids=item.input_ids,
-            prompt_length=item.prompt_length,
-            task_id=index[item.task],
-        )
-        for item in encoded
-    ]
+        """Tokens that carry loss, ends of turns included."""
+        return sum(stop - start for start, stop in self.learned)
 
 
 @dataclass(frozen=True, slots=True)
-class Collator:
-    """Rows to a batch, padded on the left with own position ids, so that answers end together.
+class _Piece:
+    """A stretch of text that is tokenised on its own; end: the token put after a learned one."""
 
-    What is padding is known from the lengths. Comparing ids with pad_token_id would also hide the
-    end of turn wherever the two are one token, and the model would not learn to stop.
-    """
-
-    pad_token_id: int
-    tasks: list[str]
-
-    def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
-        shape = (len(rows), max(len(row["input_ids"]) for row in rows))
-        input_ids = torch.full(shape, self.pad_token_id, dtype=torch.long)
-        attention_mask = torch.zeros(shape, dtype=torch.long)
-        labels = torch.full(shape, IGNORED, dtype=torch.long)
-        for number, row in enumerate(rows):
-            if not 0 <= row["task_id"] < len(self.tasks):
-                raise CorpusError(
-                    f"row {number} of the batch has task_id={row['task_id']}; the tasks are "
-                    f"{', '.join(self.tasks)}, numbered from 0. Make rows with dataset_rows."
-                )
-            ids = torch.tensor(row["input_ids"], dtype=torch.long)
-            start = shape[1] - len(ids)
-            input_ids[number, start:] = ids
-            attention_mask[number, start:] = 1
-            labels[number, start + row["prompt_length"] :] = ids[row["prompt_length"] :]
-        return {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": (attention_mask.cumsum(1) - 1).clamp(min=0),
-            "labels": labels,
-            "task_ids": torch.tensor([row["task_id"] for row in rows], dtype=torch.long),
-        }
+    text: str
+    learned: bool = False
+    end: int | None = None
 
 
-def _answer_ids(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    if tokenizer.chat_template is None:
-        return [*_ids(example.output, tokenizer), _eos(tokenizer)]
-    before = _rendered_prompt(example.prompt, tokenizer)
-    whole = _rendered_answer(example.prompt, example.output, tokenizer)
-    closing = _rendered_answer(example.prompt, _STAND_IN, tokenizer).rpartition(_STAND_IN)[2]
-    answer = whole.removeprefix(before).removesuffix(closing).rstrip()
-    # Some templates strip the answer that they are given, so its own spaces do not count here.
-    if not (whole.startswith(before) and whole.endswith(closing)) or not answer.endswith(
-        example.output.strip()
-    ):
-        raise CorpusError(
-            f"{example.source}: the chat template of {tokenizer.name_or_path or 'the tokenizer'} "
-            f"writes the conversation as {whole[-120:]!r}, which does not continue the prompt "
-            f"{before[-60:]!r} with the answer. Set tokenizer.chat_template to a template that "
-            "does, or to None for plain text."
+class Encoder:
+    """Turns examples into tokens for one tokenizer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+        self.tokenizer, self.max_length = tokenizer, max_length
+
+    def prompt_ids(self, prompt: Sequence[Message]) -> list[int]:
+        """The tokens after which the model is to write its answer."""
+        if self.tokenizer.chat_template is None:
+            return self._with_bos(_plain(prompt))
+        return self._ids([self._prompts([list(prompt)])[0]])[0]
+
+    def encode(self, example: Example) -> Encoded:
+        """One example as tokens; TooLongError when they are more than `max_length`."""
+        (encoded,) = self.encode_many([example])
+        if isinstance(encoded, TooLongError):
+            raise encoded
+        return encoded
+
+    def encode_many(self, examples: Sequence[Example]) -> list[Encoded | TooLongError]:
+        """As `encode`, many at once and faster; what is too long stands in its place as an error.
+
+        Raises CorpusError for an example that the chat template cannot write.
+        """
+        pieces = self._pieces(examples)
+        ids = iter(self._ids([piece.text for parts in pieces for piece in parts]))
+        return [
+            self._joined(example, parts, [next(ids) for _ in parts])
+            for example, parts in zip(examples, pieces, strict=True)
+        ]
+
+    def split_too_long(self, examples: Iterable[Example]) -> tuple[list[Encoded], list[Example]]:
+        """The encoded examples, and those that are too long: the caller reports how many."""
+        encoded: list[Encoded] = []
+        too_long: list[Example] = []
+        rows = list(examples)
+        for start in range(0, len(rows), _BATCH):
+            batch = rows[start : start + _BATCH]
+            for example, found in zip(batch, self.encode_many(batch), strict=True):
+                if isinstance(found, TooLongError):
+                    too_long.append(example)
+                else:
+                    encoded.append(found)
+        return encoded, too_long
+
+    def most_tokens(self, size: Numbers, messages: Numbers) -> Numbers:
+        """An upper bound on the tokens of conversations with so many bytes and messages.
+
+        A tokenizer makes at most one token of a byte; what the template adds is measured on
+        stand-ins.
+        """
+        first, pair = self._frames
+        return size + first + (messages + 1) // 2 * pair
+
+    @cached_property
+    def _frames(self) -> tuple[int, int]:
+        """Bytes that the template adds to one question, and to a further answer and question."""
+        conversation: list[Message] = [
+            {"role": "user", "content": "x"},
+            {"role": "assistant", "content": "x"},
+            {"role": "user", "content": "x"},
+        ]
+        if self.tokenizer.chat_template is None:
+            return 2, 2  # bos, newline, eos
+        one, two = self._prompts([conversation[:1], conversation])
+        return len(one.encode()), len(two.encode()) - len(one.encode())
+
+    def _joined(
+        self, example: Example, parts: list[_Piece], ids: list[list[int]]
+    ) -> Encoded | TooLongError:
+        tokens: list[int] = []
+        learned = []
+        for number, (piece, own) in enumerate(zip(parts, ids, strict=True)):
+            if number == 0 and self.tokenizer.chat_template is None:
+                own = self._bos(own)
+            start = len(tokens)
+            tokens += own
+            if piece.learned:
+                tokens += [] if piece.end is None else [piece.end]
+                learned.append((start, len(tokens)))
+        if len(tokens) > self.max_length:
+            return TooLongError(
+                f"{example.source}: {len(tokens)} tokens ({learned[-1][0]} of them before the last "
+                f"answer), more than max_length={self.max_length}. Raise max_length or shorten the "
+                "row."
+            )
+        return Encoded(example.task, tokens, learned, example.source)
+
+    def _pieces(self, examples: Sequence[Example]) -> list[list[_Piece]]:
+        if self.tokenizer.chat_template is None:
+            return [self._plain_pieces(example) for example in examples]
+        wholes = self._rendered([example.messages for example in examples])
+        turns = [
+            [i for i, message in enumerate(example.messages) if message["role"] == "assistant"]
+            for example in examples
+        ]
+        prompts = iter(
+            self._prompts(
+                [
+                    example.messages[:turn]
+                    for example, own in zip(examples, turns, strict=True)
+                    for turn in own
+                ]
+            )
         )
-    return [*_ids(answer, tokenizer), _end_of_turn(closing, tokenizer)]
+        return [
+            self._cut(example, whole, [(turn, next(prompts)) for turn in own])
+            for example, whole, own in zip(examples, wholes, turns, strict=True)
+        ]
 
+    def _cut(self, example: Example, whole: str, turns: Sequence[tuple[int, str]]) -> list[_Piece]:
+        """The rendered conversation in pieces: prompt, answer, prompt, answer, ..."""
+        pieces = []
+        done = 0
+        for turn, before in turns:
+            content = example.messages[turn]["content"].strip()
+            found = None
+            if whole.startswith(before) and len(before) >= done:
+                find = self._last_answer if turn == turns[-1][0] else self._earlier_answer
+                found = find(whole, len(before), content)
+            # Some templates strip the answer that they are given, so its own spaces do not count.
+            if found is None or not found[0].text.endswith(content):
+                raise self._unusable(example, whole, before)
+            pieces += [_Piece(whole[done : len(before)]), found[0]]
+            done = found[1]
+        return pieces
 
-def _end_of_turn(text: str, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The first special token of what the template writes after an answer; eos if it has none."""
-    for token in _ids(text, tokenizer):
-        added = tokenizer.added_tokens_decoder.get(token)
-        if token == tokenizer.eos_token_id or (added is not None and added.special):
-            return token
-    return _eos(tokenizer)
+    def _last_answer(self, whole: str, start: int, content: str) -> tuple[_Piece, int] | None:
+        if not whole.endswith(self._closing):
+            return None
+        answer = whole[start:].removesuffix(self._closing).rstrip()
+        return _Piece(answer, True, self._end[0]), len(whole)
 
+    def _earlier_answer(self, whole: str, start: int, content: str) -> tuple[_Piece, int] | None:
+        """The answer from `start` on, and where the text goes on after its end of turn."""
+        end, written = self._end
+        if not written:  # no end-of-turn token stands in the conversation, so none is learned
+            found = whole.startswith(content, start)
+            return (_Piece(content, True), start + len(content)) if found else None
+        stop = whole.find(written, start)
+        if stop < 0:
+            return None
+        return _Piece(whole[start:stop].rstrip(), True, end), stop + len(written)
 
-def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
-    token = tokenizer.eos_token_id
-    if not isinstance(token, int):
-        raise CorpusError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token, so the model "
-            "could not learn to stop. Set tokenizer.eos_token."
+    @cached_property
+    def _closing(self) -> str:
+        """What the template writes after the last answer."""
+        conversation: list[Message] = [
+            {"role": "user", "content": "x"},
+            {"role": "assistant", "content": _STAND_IN},
+        ]
+        return self._rendered([conversation])[0].rpartition(_STAND_IN)[2]
+
+    @cached_property
+    def _end(self) -> tuple[int, str]:
+        """The first special token after an answer and its text; eos, unwritten, if it has none."""
+        for token in self._ids([self._closing])[0]:
+            added = self.tokenizer.added_tokens_decoder.get(token)
+            if token == self.tokenizer.eos_token_id or (added is not None and added.special):
+                return token, str(self.tokenizer.convert_ids_to_tokens(token))
+        return self._eos(), ""
+
+    def _eos(self) -> int:
+        token = self.tokenizer.eos_token_id
+        if not isinstance(token, int):
+            raise CorpusError(
+                f"the tokenizer {self.tokenizer.name_or_path!r} has no end-of-sequence token, so "
+                "the model could not learn to stop. Set tokenizer.eos_token."
+            )
+        return token
+
+    def _unusable(self, example: Example, whole: str, before: str) -> CorpusError:
+        return CorpusError(
+            f"{example.source}: the chat template of "
+            f"{self.tokenizer.name_or_path or 'the tokenizer'} writes the conversation as "
+            f"{whole[-120:]!r}, which does not continue the prompt {before[-60:]!r} with the "
+            "answer. Set tokenizer.chat_template to a template that does, or to None for plain "
+            "text."
         )
-    return token
+
+    def _prompts(self, conversations: list[list[Message]]) -> list[str]:
+        return self._rendered(conversations, add_generation_prompt=True)
+
+    def _rendered(
+        self, conversations: list[list[Message]], add_generation_prompt: bool = False
+    ) -> list[str]:
+        plain: list[Any] = conversations
+        texts = self.tokenizer.apply_chat_template(
+            plain, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+        return [str(text) for text in texts]
+
+    def _plain_pieces(self, example: Example) -> list[_Piece]:
+        pieces = []
+        before: list[Message] = []
+        for message in example.messages:
+            if message["role"] == "assistant":
+                pieces += [_Piece(_plain(before)), _Piece(message["content"], True, self._eos())]
+                before = []
+            else:
+                before.append(message)
+        return pieces
+
+    def _with_bos(self, text: str) -> list[int]:
+        return self._bos(self._ids([text])[0])
+
+    def _bos(self, ids: list[int]) -> list[int]:
+        """With the first token that the tokenizer itself would put before plain text.
+
+        Its other special tokens stay out: an end token after the prompt would end the answer too.
+        """
+        bos = self._own_bos
+        return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+
+    @cached_property
+    def _own_bos(self) -> int | None:
+        bos = self.tokenizer.bos_token_id
+        return bos if bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos] else None
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        return list(self.tokenizer(texts, add_special_tokens=False)["input_ids"])
 
 
-def _rendered_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    return _render([{"role": "user", "content": prompt}], tokenizer, add_generation_prompt=True)
-
-
-def _rendered_answer(prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-    return _render(messages, tokenizer, add_generation_prompt=False)
-
-
-def _render(
-    messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool
-) -> str:
-    text = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=add_generation_prompt
-    )
-    assert isinstance(text, str)
-    return text
-
-
-def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _with_bos(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens of plain text, with the first token that the tokenizer itself would put before it.
-
-    Its other special tokens stay out: an end token after the prompt would end the answer too.
-    """
-    bos = tokenizer.bos_token_id
-    starts_with_bos = bos is not None and tokenizer(text)["input_ids"][:1] == [bos]
-    ids = _ids(text, tokenizer)
-    return [bos, *ids] if starts_with_bos and ids[:1] != [bos] else ids
+def _plain(messages: Sequence[Message]) -> str:
+    return "".join(f"{message['content']}\n" for message in messages)

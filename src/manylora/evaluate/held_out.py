@@ -9,7 +9,7 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from manylora.corpus import Corpus, load_corpus
+from manylora.corpus import Corpus, Encoder
 from manylora.evaluate.scores import HeldOut, Metrics, held_out, score_tasks, write_scores
 from manylora.inspect.routing import RoutingMeter, write_routing
 from manylora.precision import autocast
@@ -25,14 +25,15 @@ class Scorer:
     corpus: Corpus
     tokenizer: PreTrainedTokenizerBase
     console: Console
+    task_ids: list[str]
+    """Names of the tasks in the order of their ids."""
 
     def __post_init__(self) -> None:
         wanted = self.recipe.evaluate.rows_per_task
         self.tasks: list[HeldOut] = []
         if wanted:
-            self.tasks, notes = held_out(
-                self.corpus, self.tokenizer, self.recipe.max_length, wanted
-            )
+            encoder = Encoder(self.tokenizer, self.recipe.max_length)
+            self.tasks, notes = held_out(self.corpus, encoder, wanted)
             for note in notes:
                 self.console.print(note, style="yellow", markup=False)
 
@@ -43,7 +44,7 @@ class Scorer:
 
     def adapter(self, model: PeftModel) -> tuple[dict[str, Metrics], RoutingMeter]:
         """Scores with the adapter, and where its router sent the tokens."""
-        meter = RoutingMeter(model, self.corpus.tasks)
+        meter = RoutingMeter(model, self.task_ids)
         use_ids = config_of(model).branches_of().needs_ids
         return self._score(model, "adapter", meter, use_ids), meter
 
@@ -72,7 +73,7 @@ class Scorer:
                 model,
                 self.tokenizer,
                 self.tasks,
-                self.corpus.tasks,
+                self.task_ids,
                 self.recipe.evaluate.batch_size,
                 use_ids,
                 self.recipe.evaluate.generate,
@@ -83,8 +84,10 @@ class Scorer:
 def evaluate_run(run: Path, console: Console) -> None:
     """Score a finished run again, from its folder alone; rewrites scores.json and routing.json."""
     recipe = recipe_of(run)
-    corpus = load_corpus(recipe.data_path, recipe.holdout, recipe.seed)
+    corpus = recipe.load_corpus()
     model, tokenizer = load(run)
-    scorer = Scorer(recipe, corpus, tokenizer, console)
+    selector = config_of(model).branch_selector
+    ids = corpus.tasks if selector is None else selector.names
+    scorer = Scorer(recipe, corpus, tokenizer, console, ids)
     before = scorer.base(model)
     scorer.write(run, before, *scorer.adapter(model))

@@ -23,7 +23,7 @@ import numpy as np
 from scipy.stats import bootstrap
 from transformers import PreTrainedTokenizerBase
 
-from manylora.corpus import Corpus, Encoded, Example, encode, encode_all
+from manylora.corpus import Corpus, Encoded, Encoder, Example, Message
 from manylora.evaluate.answers import Model, Question, generate_answers, score_answers
 from manylora.inspect.routing import RoutingMeter
 
@@ -45,17 +45,17 @@ class HeldOut:
 
 
 def held_out(
-    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, max_length: int, rows_per_task: int
+    corpus: Corpus, encoder: Encoder, rows_per_task: int
 ) -> tuple[list[HeldOut], list[str]]:
     """The rows to score, in file order from the top, and notes about what is not scored."""
     tasks, notes = [], []
     for name in corpus.tasks:
-        examples = corpus.test.get(name, [])[:rows_per_task]
-        encoded, too_long = encode_all(examples, tokenizer, max_length)
+        examples = list(corpus.test[name][:rows_per_task]) if name in corpus.test else []
+        encoded, too_long = encoder.split_too_long(examples)
         if too_long:
             notes.append(
                 f"{name}: {len(too_long)} of {len(examples)} held-out rows have more than "
-                f"max_length={max_length} tokens and are not scored"
+                f"max_length={encoder.max_length} tokens and are not scored"
             )
         if len(encoded) < 2:
             notes.append(f"{name}: {len(encoded)} held-out rows give no interval; not scored")
@@ -68,9 +68,13 @@ def held_out(
 
 def closed_answers(train: Sequence[Example], test: Sequence[Example]) -> list[str]:
     """The answers of a task that has a closed set of them, sorted; else none."""
-    answers = sorted({example.output for example in train})
-    few = 2 <= len(answers) <= MAX_CHOICES and len(train) >= 4 * len(answers)
-    return answers if few and {example.output for example in test} <= set(answers) else []
+    answers: set[str] = set()
+    for example in train:
+        answers.add(example.output)
+        if len(answers) > MAX_CHOICES:
+            return []
+    few = len(answers) >= 2 and len(train) >= 4 * len(answers)
+    return sorted(answers) if few and {example.output for example in test} <= answers else []
 
 
 def score_tasks(
@@ -124,8 +128,9 @@ def _question(
 
 
 def _answer(example: Example, answer: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    other = Example(example.task, example.instruction, example.input, answer, example.source)
-    encoded = encode(other, tokenizer, max_length=2**31)
+    message: Message = {"role": "assistant", "content": answer}
+    other = Example(example.task, [*example.prompt, message], example.source)
+    encoded = Encoder(tokenizer, max_length=2**31).encode(other)
     return encoded.input_ids[encoded.prompt_length :]
 
 
@@ -137,7 +142,7 @@ def _generated_f1(
     task_id: int | None,
 ) -> list[float]:
     prompts = [item.input_ids[: item.prompt_length] for item in task.encoded]
-    limit = 2 * max(item.answer_tokens for item in task.encoded)
+    limit = 2 * max(len(item.input_ids) - item.prompt_length for item in task.encoded)
     ends = sorted({item.input_ids[-1] for item in task.encoded} | {int(tokenizer.eos_token_id)})
     ids = None if task_id is None else [task_id] * len(prompts)
     answers = generate_answers(

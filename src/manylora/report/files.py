@@ -36,6 +36,14 @@ class LoggedStep(BaseModel):
     tasks: dict[str, TaskLoss]
 
 
+class ValidationStep(BaseModel):
+    """A line of metrics.jsonl about the rows kept apart: nats per answer token, by task."""
+
+    step: int
+    validation: dict[str, Loss]
+    mean: Loss
+
+
 class TaskScores(BaseModel):
     """One task of scores.json: metric name -> interval, before and after training."""
 
@@ -102,6 +110,7 @@ class RunFiles:
 
     recipe: str
     steps: list[LoggedStep]
+    validation: list[ValidationStep]
     scores: Scores
     summary: Summary
     routing: Routing | None
@@ -109,20 +118,22 @@ class RunFiles:
 
 
 T = TypeVar("T")
+_VALIDATED = '"validation":'
 
 
 def read_run(run: Path) -> RunFiles:
     """Read a run folder; recipe, metrics, scores and summary must be there."""
     metrics = run / "metrics.jsonl"
-    lines = _text(metrics).splitlines()
+    lines = [
+        (f"{metrics}:{number}", line)
+        for number, line in enumerate(_text(metrics).splitlines(), start=1)
+        if line.strip()
+    ]
     routing, exports = run / "routing.json", run / "exports.json"
     return RunFiles(
         recipe=_text(run / "recipe.yaml"),
-        steps=[
-            _parse(LoggedStep, line, f"{metrics}:{number}")
-            for number, line in enumerate(lines, start=1)
-            if line.strip()
-        ],
+        steps=[_parse(LoggedStep, line, at) for at, line in lines if _VALIDATED not in line],
+        validation=[_parse(ValidationStep, line, at) for at, line in lines if _VALIDATED in line],
         scores=_parse(Scores, _text(run / "scores.json"), str(run / "scores.json")),
         summary=_parse(Summary, _text(run / "summary.json"), str(run / "summary.json")),
         routing=_read_routing(routing) if routing.exists() else None,

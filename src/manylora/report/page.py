@@ -16,7 +16,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from manylora.evaluate.table import LOWER_IS_BETTER, METRIC_TITLES, verdict
-from manylora.report.files import LoggedStep, Routing, Scores, Summary, read_run
+from manylora.report.files import LoggedStep, Routing, Scores, Summary, ValidationStep, read_run
 from manylora.report.plots import (
     Axis,
     DotPlot,
@@ -49,7 +49,7 @@ def write_report(run: Path) -> Path:
         facts=facts(files.summary, len(files.scores.tasks)),
         scores=files.scores,
         metrics=metric_views(files.scores),
-        training=training_view(files.steps),
+        training=training_view(files.steps, files.validation),
         routing=routing_view(files.routing) if files.routing else None,
         exports=files.exports,
         recipe=files.recipe,
@@ -106,12 +106,15 @@ class TrainingView:
     throughput: LinePlot
     csv: str
     bin: int
+    validated: bool
     tasks: list[LinePlot]
     task_csv: str
     task_bin: int
 
 
-def training_view(steps: Sequence[LoggedStep]) -> TrainingView | None:
+def training_view(
+    steps: Sequence[LoggedStep], validation: Sequence[ValidationStep] = ()
+) -> TrainingView | None:
     """The training plots, or None when no step was logged."""
     if not steps:
         return None
@@ -120,17 +123,19 @@ def training_view(steps: Sequence[LoggedStep]) -> TrainingView | None:
     total = thin([(s.step, s.loss) for s in steps], size)
     rates = thin([(s.step, s.learning_rate) for s in steps], size)
     pace = thin([(s.step, s.tokens_per_second) for s in steps], size)
-    loss_y = Axis.over(value for _, value in total)
+    apart = [(float(v.step), v.mean) for v in validation]
+    loss_y = Axis.over(value for _, value in [*total, *apart])
     rate_y, pace_y = (Axis.over((v for _, v in line), zero=True) for line in (rates, pace))
-    panels, task_csv, task_bin = _task_panels(steps)
+    panels, task_csv, task_bin = _task_panels(steps, validation)
     return TrainingView(
-        loss=line_plot("total loss", [("line", total)], loss_y, last),
+        loss=line_plot("total loss", [("line", total), ("dashed", apart)], loss_y, last),
         learning_rate=line_plot("learning rate", [("line", rates)], rate_y, last, height=140),
         throughput=line_plot("tokens per second", [("line", pace)], pace_y, last, height=140),
         csv=csv_link(
             ["step", "loss", "learning_rate", "tokens_per_second"], _columns(total, rates, pace)
         ),
         bin=size,
+        validated=bool(validation),
         tasks=panels,
         task_csv=task_csv,
         task_bin=task_bin,
@@ -141,7 +146,9 @@ def _columns(*lines: Sequence[Point]) -> list[tuple[float, ...]]:
     return [(points[0][0], *(value for _, value in points)) for points in zip(*lines, strict=True)]
 
 
-def _task_panels(steps: Sequence[LoggedStep]) -> tuple[list[LinePlot], str, int]:
+def _task_panels(
+    steps: Sequence[LoggedStep], validation: Sequence[ValidationStep]
+) -> tuple[list[LinePlot], str, int]:
     """A small plot per task, the total in grey behind it, all on one scale; their CSV and bin."""
     names = sorted({name for step in steps for name in step.tasks})
     size = points_a_bin(len(steps), len(names))
@@ -150,11 +157,16 @@ def _task_panels(steps: Sequence[LoggedStep]) -> tuple[list[LinePlot], str, int]
         name: thin([(s.step, s.tasks[name].loss) for s in steps if name in s.tasks], size)
         for name in names
     }
-    y = Axis.over((v for line in [total, *lines.values()] for _, v in line), bins=3)
-    panels = [
-        line_plot(name, [("total", total), ("line", line)], y, steps[-1].step, 100, x_bins=2)
-        for name, line in lines.items()
-    ]
+    apart = {
+        name: [(float(v.step), v.validation[name]) for v in validation if name in v.validation]
+        for name in names
+    }
+    every = [total, *lines.values(), *apart.values()]
+    y = Axis.over((v for line in every for _, v in line), bins=3)
+    panels = []
+    for name, line in lines.items():
+        drawn = [("total", total), ("line", line), ("dashed", apart[name])]
+        panels.append(line_plot(name, drawn, y, steps[-1].step, 100, x_bins=2))
     rows = [(name, x, value) for name, line in lines.items() for x, value in line]
     return panels, csv_link(["task", "step", "loss"], rows), size
 

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 
 from manylora.adapter.training import dead_gradients
+from manylora.training.checkpoints import sync, write_atomically
 
 
 class MetricsFile(TrainerCallback):
@@ -26,13 +27,13 @@ class MetricsFile(TrainerCallback):
         self.last_tokens = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.started = self.last = time.perf_counter()
-        if self.path.exists():  # resumed: the steps after the checkpoint are done again
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-            self.path.write_text("".join(kept), encoding="utf-8")
-            self.last_tokens = json.loads(kept[-1])["tokens"] if kept else 0
-            self.trainer.tokens = self.last_tokens
+        self.last = time.perf_counter()
+        self.started = self.last - self.trainer.seconds
+        if self.path.exists():
+            kept = lines_until(self.path, state.global_step)
+            write_atomically(self.path, "".join(kept))
+            counted = [json.loads(line).get("tokens", 0) for line in kept]  # validation has none
+            self.last_tokens = max(counted, default=0)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs:
@@ -53,8 +54,28 @@ class MetricsFile(TrainerCallback):
             },
         }
         self.last, self.last_tokens = now, tokens
+        for task, (loss, count) in losses.items():
+            logs[f"tasks/{task}"] = loss / count
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.path.exists():
+            sync(self.path)
+
+
+def lines_until(path: Path, step: int) -> list[str]:
+    """The lines of the steps so far: later ones are done again, and a kill may have cut one off."""
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            logged = json.loads(line)["step"]
+        except ValueError:
+            break
+        if logged > step or not line.endswith("\n"):
+            break
+        kept.append(line)
+    return kept
 
 
 class GradientCheck(TrainerCallback):
@@ -70,7 +91,6 @@ class GradientCheck(TrainerCallback):
 
     def __init__(self, adapter: str, console: Console) -> None:
         self.adapter, self.console = adapter, console
-        self.dead: list[str] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.step_ids.clear()
@@ -81,7 +101,8 @@ class GradientCheck(TrainerCallback):
         if state.global_step >= self.STEPS:
             return
         found = dead_gradients(model, self.adapter, self.trainer.step_ids)
-        self.dead += [name for name in found if name not in self.dead]
+        known = self.trainer.dead
+        known += [name for name in found if name not in known]
         if found:
             more = f" and {len(found) - 5} more" if len(found) > 5 else ""
             self.console.print(
@@ -116,6 +137,10 @@ class ProgressBar(TrainerCallback):
             self.bar.update(self.task, loss=f"loss {float(logs['loss']):.3f}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Give the terminal back; an error may have left the bar running."""
         self.bar.stop()
 
 

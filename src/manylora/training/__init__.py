@@ -1,0 +1,1 @@
+"""What a training run is made of; `manylora.train` puts it together."""
