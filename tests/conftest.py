@@ -40,6 +40,7 @@ def make_recipe(tiny_folder: Path, task_folder: Path, tmp_path: Path) -> Callabl
                     "warmup": 0,
                     "log_every": 2,
                     "precision": "fp32",
+                    "workers": 0,
                 },
                 "evaluate": {"rows_per_task": 6},
                 "output": str(tmp_path / output),

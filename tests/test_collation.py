@@ -124,6 +124,13 @@ def test_packing_changes_nothing_but_the_padding(
             assert other["tasks"][task]["loss"] == pytest.approx(said["loss"], rel=1e-3)
 
 
+def test_a_worker_beside_the_training_changes_nothing(make_recipe: Callable[..., Recipe]) -> None:
+    recipes = [make_recipe(name, lora_dropout=0.2) for name in ("within", "beside")]
+    recipes[1].train.workers = 2
+    first, second = (load_file(str(train(r) / "adapter_model.safetensors")) for r in recipes)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
 def test_rows_are_encoded_when_they_are_asked_for(tiny_folder: Path, task_folder: Path) -> None:
     corpus = load_corpus(task_folder)
     encoder = Encoder(load_tokenizer(str(tiny_folder)), 200)

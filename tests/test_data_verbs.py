@@ -1,4 +1,4 @@
-"""`manylora init` and `manylora data`: a recipe from a person's files, and what it would train on."""
+"""`manylora init` and `manylora data`: a recipe from a person's files, and what it trains on."""
 
 from __future__ import annotations
 

@@ -38,7 +38,13 @@ Make = Callable[..., Recipe]
 def with_dropout(make: Make, output: str, **changes: object) -> Recipe:
     """20 steps over one and two thirds of an epoch, logged and saved out of step."""
     values = make(output, method="hydralora", lora_dropout=0.2).model_dump()
-    values["train"] |= {"max_steps": 20, "checkpoint_every": 3, "log_every": 4, **changes}
+    values["train"] |= {
+        "max_steps": 20,
+        "checkpoint_every": 3,
+        "log_every": 4,
+        "workers": 1,
+        **changes,
+    }
     return parse_recipe(values)
 
 

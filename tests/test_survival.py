@@ -65,6 +65,7 @@ TEN_STEPS: dict[str, Any] = {
         "log_every": 2,
         "checkpoint_every": 3,
         "precision": "fp32",
+        "workers": 0,
     },
     "evaluate": {"rows_per_task": 6},
 }

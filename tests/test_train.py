@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import manylora
 from manylora.base import load_model
+from manylora.corpus import DrawOrder, Mixture
 from manylora.evaluate.held_out import evaluate_run
 from manylora.recipe import Recipe, load_recipe, parse_recipe
 from manylora.report.page import write_report
@@ -183,7 +184,7 @@ def test_too_long_rows_are_counted_and_said(
 
 
 def test_sampler_draws_anew_each_epoch_and_covers_every_row() -> None:
-    sampler = MixtureSampler({"a": 3, "b": 5}, "proportional", seed=1)
+    sampler = MixtureSampler(DrawOrder({"a": 3, "b": 5}, Mixture(), seed=1))
     first = list(sampler)
     sampler.set_epoch(1)
     second = list(sampler)

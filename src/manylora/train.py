@@ -236,7 +236,7 @@ def training_arguments(recipe: Recipe, batch: Batch, device: torch.device) -> SF
         report_to="none",  # `reporters` does
         run_name=recipe.run.name,
         project=PROJECT,
-        dataloader_num_workers=1,
+        dataloader_num_workers=train.workers,
         disable_tqdm=True,
         max_length=None,
         remove_unused_columns=False,

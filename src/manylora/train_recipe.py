@@ -22,7 +22,8 @@ class TrainRecipe(Strict):
 
     rates multiply learning_rate for a part of the adapter (0 freezes it), weight_decays replace
     weight_decay. early_stopping: evaluations (every evaluate_every steps) without a better one
-    after which training ends. report_to: where the losses go besides the run folder.
+    after which training ends. report_to: where the losses go besides the run folder. workers:
+    processes that encode rows beside the training; 0 encodes them in between.
     """
 
     epochs: float = Field(3.0, gt=0)
@@ -43,6 +44,7 @@ class TrainRecipe(Strict):
     evaluate_every: int | None = Field(None, ge=1)
     early_stopping: int | None = Field(None, ge=1)
     report_to: list[Reporter] = Field(default_factory=list)
+    workers: int = Field(1, ge=0)
 
     @field_validator("report_to", mode="before")
     @classmethod

@@ -17,7 +17,24 @@ from manylora.run import is_finished
 from manylora.training.checkpoints import CHECKPOINTS, last_checkpoint, partials, step_of, sweep
 
 # What a resumed run may change: it moves neither the weights nor the scores.
-FREE: dict[str, Any] = {"output": True, "train": {"checkpoint_every"}, "evaluate": {"batch_size"}}
+FREE: dict[str, Any] = {
+    "output": True,
+    "train": {"checkpoint_every", "workers"},
+    "evaluate": {"batch_size"},
+}
+
+
+_held: set[int] = set()
+
+
+def _close_held() -> None:
+    """A loader's worker must not hold the lock on after the run itself was killed."""
+    for handle in _held:
+        os.close(handle)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_close_held)
 
 
 @contextmanager
@@ -37,6 +54,7 @@ def run_folder(run: Path) -> Iterator[None]:
             "output=FOLDER"
         ) from None
     handle = os.open(run, os.O_RDONLY)
+    _held.add(handle)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -47,6 +65,7 @@ def run_folder(run: Path) -> Iterator[None]:
             ) from None
         yield
     finally:
+        _held.discard(handle)
         os.close(handle)
         with suppress(OSError):  # not empty: the run is in it
             run.rmdir()
