@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+import manylora
 from manylora.adapter.layer import layers_of
 from manylora.adapter.router import balance_loss
 from tiny import OneLayer, attach, tiny_llama
@@ -166,3 +167,15 @@ def test_the_loss_moves_the_router_towards_balance(kind: str) -> None:
         loss.backward()
         optimizer.step()
     assert values[-1] < 0.5 * (values[0] - floor) + floor
+
+
+def test_a_frozen_router_has_no_balance_loss_and_does_not_stop_the_others() -> None:
+    """`train.rates: {router: 0}`: its loss has no gradient to give, and that is no mistake."""
+    model = attach(tiny_llama(), method="hydralora", balance_loss="switch").train()
+    for name, weight in model.named_parameters():
+        if "manylora_router" in name:
+            weight.requires_grad_(False)
+    tokens = torch.randint(3, 60, (2, 5))
+    loss = model(input_ids=tokens, labels=tokens).loss + manylora.balance_loss(model)
+    loss.backward()
+    assert manylora.balance_loss(model) == 0.0

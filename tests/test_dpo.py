@@ -181,8 +181,9 @@ def test_hydralora_learns_to_prefer_the_chosen_answer(
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert float(log[0]["loss"]) == pytest.approx(0.6931, abs=1e-3)  # log 2: equal to the reference
     assert float(log[0]["rewards/accuracies"]) < 1.0
-    assert float(log[-1]["rewards/accuracies"]) == 1.0
-    assert float(log[-1]["rewards/margins"]) > 0.5
+    late = log[-8:]
+    assert sum(float(entry["rewards/accuracies"]) for entry in late) / len(late) > 0.8
+    assert sum(float(entry["rewards/margins"]) for entry in late) / len(late) > 0.5
 
 
 def test_balance_loss_is_the_policys_counted_once(tiny_folder: Path, tmp_path: Path) -> None:

@@ -22,7 +22,6 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import LlamaForCausalLM
 
 import manylora.train
 import manylora.training.prepare
@@ -34,7 +33,7 @@ from manylora.training.checkpoints import last_checkpoint
 from manylora.training.interrupts import Interrupted, Interrupts
 from manylora.training.keeping import RunError
 from manylora.training.out_of_memory import Batch
-from manylora.training.trainer import RunTrainer
+from manylora.training.trainer import AnswerTrainer, RunTrainer
 from test_cli import command
 
 Make = Callable[..., Recipe]
@@ -327,23 +326,23 @@ def test_lost_numbers_in_the_first_step_keep_nothing(recipe: Recipe) -> None:
 
 
 def small_memory(rows: int, from_call: int = 0) -> Callable[..., Any]:
-    """Llama's forward, for which more rows than that are too many in training."""
-    whole, calls = LlamaForCausalLM.forward, [0]
+    """A training loss for which more rows than that are too many."""
+    whole, calls = AnswerTrainer.compute_loss, [0]
 
-    def forward(self: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        calls[0] += self.training
-        if self.training and len(input_ids) > rows and calls[0] > from_call:
+    def compute_loss(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if len(inputs["input_ids"]) > rows and calls[0] > from_call:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return whole(self, input_ids, *args, **kwargs)
+        return whole(self, model, inputs, *args, **kwargs)
 
-    return forward
+    return compute_loss
 
 
 def test_too_little_memory_halves_the_batch_and_keeps_the_step(
     make_recipe: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = train(ten_steps(make_recipe, "small", batch_size=2, gradient_accumulation=4))
-    monkeypatch.setattr(LlamaForCausalLM, "forward", small_memory(rows=3))
+    monkeypatch.setattr(AnswerTrainer, "compute_loss", small_memory(rows=3))
     console = Console(file=io.StringIO(), width=1000)
     halved = train(ten_steps(make_recipe, "halved"), console)
     assert_same_result(small, halved)
@@ -356,7 +355,7 @@ def test_too_little_memory_halves_the_batch_and_keeps_the_step(
 def test_too_little_memory_later_goes_on_from_the_last_checkpoint(
     make_recipe: Make, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(LlamaForCausalLM, "forward", small_memory(rows=4, from_call=7))
+    monkeypatch.setattr(AnswerTrainer, "compute_loss", small_memory(rows=4, from_call=7))
     recipe = ten_steps(make_recipe, "halved")
     with before_step(9, send(signal.SIGTERM)), pytest.raises(Interrupted):
         train(recipe)
@@ -374,7 +373,7 @@ def test_too_little_memory_later_goes_on_from_the_last_checkpoint(
 def test_too_little_memory_for_one_row_is_an_error_with_advice(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(LlamaForCausalLM, "forward", small_memory(rows=0))
+    monkeypatch.setattr(AnswerTrainer, "compute_loss", small_memory(rows=0))
     with pytest.raises(RunError, match=r"gradient_checkpointing=true.*quantize=4bit.*max_length"):
         train(recipe)
 

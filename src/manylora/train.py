@@ -37,6 +37,7 @@ from manylora.training.keeping import errors_tell_what_is_kept, signals_tell_wha
 from manylora.training.out_of_memory import Batch, StartingPoint, smaller_batch
 from manylora.training.prepare import ADAPTER, Prepared, prepare
 from manylora.training.progress import GradientCheck, MetricsFile, ProgressBar
+from manylora.training.ranks import first_process, several_processes, use_own_gpu
 from manylora.training.reporting import PROJECT, check_reporters, reporters
 from manylora.training.run_folder import is_begun, refuse_used_folder, run_folder
 from manylora.training.start import inherit, read_start
@@ -60,6 +61,10 @@ def train(recipe: Recipe, console: Console | None = None, resume: bool = False) 
         recipe = inherit(recipe, read_start(Path(recipe.start_from)))
     recipe = recipe.resolved()
     run = recipe.run
+    use_own_gpu()
+    if not first_process():
+        train_along(recipe)
+        return run
     with Interrupts() as interrupts, run_folder(run), signals_tell_what_is_kept(run):
         begun = resume and is_begun(recipe, console)
         if not begun:
@@ -70,6 +75,13 @@ def train(recipe: Recipe, console: Console | None = None, resume: bool = False) 
             save_recipe(recipe)
             finish(prepared, console, interrupts)
     return run
+
+
+def train_along(recipe: Recipe) -> None:
+    """What a process that is not the first does: train with the others, and write nothing."""
+    quiet = Console(quiet=True)
+    with Interrupts() as interrupts:
+        fit(prepare(recipe, quiet), quiet, interrupts)
 
 
 def save_recipe(recipe: Recipe) -> None:
@@ -143,7 +155,8 @@ def fit(prepared: Prepared, console: Console, interrupts: Interrupts) -> RunTrai
         done = read_progress(checkpoint)
         batch = Batch(done["batch_size"], done["gradient_accumulation"])
     start = None
-    more = [*validations(prepared.recipe, console), *reporters(train.report_to, run)]
+    more = validations(prepared.recipe, console)
+    more += reporters(train.report_to, run) if first_process() else []
     while True:
         trainer, bar = make_trainer(prepared, batch, console, interrupts, more)
         start = start or StartingPoint(prepared.model)
@@ -153,7 +166,9 @@ def fit(prepared: Prepared, console: Console, interrupts: Interrupts) -> RunTrai
             trainer.read_task_losses()  # the steps after the last logged one count as well
             return trainer
         except torch.OutOfMemoryError:
-            pass  # its traceback holds the step's tensors, so the rest has to be outside of it
+            if several_processes():
+                raise
+            # Its traceback holds the step's tensors, so the rest has to be outside of it.
         finally:
             bar.stop()
         batch = smaller_batch(batch, console)

@@ -29,13 +29,15 @@ def balance_loss(model: nn.Module) -> Tensor | float:
     """The weighted balance losses of the last forward pass, averaged over layers; then forgotten.
 
     Those of the active adapters: the frozen copy that DPO compares with has none. 0.0 when no
-    adapter has one. Call once for each training forward pass. Raises RuntimeError when
-    the losses cannot reach the router.
+    adapter has one that its router can learn from. Call once for each training forward pass.
+    Raises RuntimeError when the losses cannot reach the router.
     """
     losses = []
     for layer in layers_of(model):
-        active = layer.active_adapters
-        losses += [loss for name, loss in layer.routing_loss.items() if name in active]
+        for name, loss in layer.routing_loss.items():
+            routers: Any = layer.manylora_router
+            if name in layer.active_adapters and routers[name].weight.requires_grad:
+                losses.append(loss)
         layer.routing_loss.clear()
     if not losses:
         return 0.0

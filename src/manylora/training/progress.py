@@ -38,7 +38,10 @@ class MetricsFile(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs:
             return
+        self.trainer.gather_sums()
         losses = self.trainer.read_task_losses()
+        if not state.is_world_process_zero:
+            return
         now, tokens = time.perf_counter(), self.trainer.tokens
         line = {
             "step": state.global_step,

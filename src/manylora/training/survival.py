@@ -20,7 +20,13 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from manylora.training.checkpoints import PROGRESS_FILE, new_partial, prune, publish_folder
+from manylora.training.checkpoints import (
+    PROGRESS_FILE,
+    new_partial,
+    partial_of,
+    prune,
+    publish_folder,
+)
 from manylora.training.interrupts import Interrupts
 from manylora.training.keeping import RunError
 
@@ -79,7 +85,8 @@ class SurvivalMixin:
         """Go on counting where the checkpoint stopped."""
         found = self._resumed
         if found:
-            self.unread[:] = [sums.to(self.args.device) for sums in found["unread"]]
+            if self.state.is_world_process_zero:
+                self.unread[:] = [sums.to(self.args.device) for sums in found["unread"]]
             self.tokens, self.seconds, self.dead = found["tokens"], found["seconds"], found["dead"]
             self._tr_loss = found["loss"].to(self.args.device)
             self._total_loss_scalar = found["logged_loss"]
@@ -102,15 +109,23 @@ class SurvivalMixin:
         }
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        trainer: Any = self
+        first = self.state.is_world_process_zero
         final = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
             final.parent.mkdir(exist_ok=True)
-            self._staging = new_partial(final)
+            trainer.gather_sums()
+            if first:
+                new_partial(final)
+            trainer.accelerator.wait_for_everyone()
+            self._staging = partial_of(final)
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
-            written = self._staging / final.name
-            torch.save(self._progress(), written / PROGRESS_FILE)
-            publish_folder(written, final)
-            self._staging.rmdir()
+            trainer.accelerator.wait_for_everyone()
+            if first:
+                written = self._staging / final.name
+                torch.save(self._progress(), written / PROGRESS_FILE)
+                publish_folder(written, final)
+                self._staging.rmdir()
         except torch.OutOfMemoryError:
             raise
         except (OSError, SafetensorError, RuntimeError) as error:  # the last is torch.save's
@@ -120,7 +135,9 @@ class SurvivalMixin:
             raise OSError(f"{final} cannot be written: {why}") from error
         finally:
             self._staging = None
-        prune(self.run)
+        if first:
+            prune(self.run)
+        trainer.accelerator.wait_for_everyone()
 
     def _get_output_dir(self, trial: Any) -> str:
         if self._staging is not None:
@@ -201,9 +218,18 @@ class Saves(TrainerCallback):
             due = time.monotonic() - self.saved_at >= SECONDS_BETWEEN_CHECKPOINTS
         else:
             due = state.global_step % self.every == 0
-        if self.interrupts.received is not None and not control.should_training_stop:
+        stop = self.interrupts.received is not None
+        due, stop = self._agreed(due, stop)
+        if stop and not control.should_training_stop:
             self.trainer.interrupted = control.should_training_stop = True
         control.should_save |= due or control.should_training_stop
+
+    def _agreed(self, due: bool, stop: bool) -> tuple[bool, bool]:
+        """Processes that did not all save at one step would wait for each other for ever."""
+        if self.trainer.accelerator.num_processes == 1:
+            return due, stop
+        wanted = torch.tensor([due, stop], device=self.trainer.args.device).float()
+        return tuple((self.trainer.accelerator.reduce(wanted, "sum") > 0).tolist())
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if control.should_training_stop:  # an evaluation after the step may have decided it

@@ -75,7 +75,11 @@ class AnswerTrainer(SFTTrainer):
         losses = cross_entropy(logits.float(), labels[:, 1:][learned[:, :-1]], reduction="none")
         log_probs = losses.new_zeros(labels.shape[0], labels.shape[1] - 1)
         self.log_probs = log_probs.masked_scatter_(learned[:, :-1], -losses.detach())
-        return losses.sum() / (len(losses) if items is None else items)
+        if items is None:
+            return losses.mean()
+        # DDP averages over processes what is to be a mean over the tokens of all.
+        everywhere = self.args.average_tokens_across_devices
+        return losses.sum() / items * (self.accelerator.num_processes if everywhere else 1)
 
 
 class RunTrainer(
@@ -124,6 +128,12 @@ class RunTrainer(
         sums = torch.stack([losses.float(), answers.float(), mask.float()]).flatten(1)
         totals = sums.new_zeros(3, len(self.tasks)).index_add_(1, owners, sums)
         self.unread.append(totals)
+
+    def gather_sums(self) -> None:
+        """Leave the unread sums of all processes with the first one."""
+        if self.accelerator.num_processes > 1 and self.unread:
+            total = self.accelerator.reduce(torch.stack(self.unread).sum(0), "sum")
+            self.unread = [total] if self.state.is_world_process_zero else []
 
     def read_task_losses(self) -> dict[str, tuple[float, int]]:
         """Summed loss (nats) and answer tokens of each task since the last call; counts tokens."""
