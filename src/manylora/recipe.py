@@ -159,7 +159,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         values = _plain_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RecipeError(f"no recipe at {path}; write one like examples/recipe.yaml") from None
+        raise RecipeError(f"no recipe at {path}; write one with `manylora init DATA`") from None
     except (_NotYamlError, UnicodeDecodeError, OSError) as error:
         raise RecipeError(f"{path} is not a readable YAML file: {_short(error)}") from None
     if not isinstance(values, dict):

@@ -45,6 +45,9 @@ from manylora.training.survival import Saves, read_progress
 from manylora.training.trainer import RunTrainer
 from manylora.training.validation import BEST, Validation
 
+# transformers' "constant" knows no warm-up.
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
 
 def train(recipe: Recipe, console: Console | None = None, resume: bool = False) -> Path:
     """Run a recipe and return its run folder, complete with adapter, scores and report data.
@@ -232,7 +235,7 @@ def training_arguments(recipe: Recipe, batch: Batch, device: torch.device) -> SF
         per_device_train_batch_size=batch.size,
         gradient_accumulation_steps=batch.accumulation,
         learning_rate=train.learning_rate,
-        lr_scheduler_type=train.schedule,
+        lr_scheduler_type=SCHEDULES[train.schedule],
         warmup_steps=train.warmup,
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
