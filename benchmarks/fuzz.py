@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +23,8 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tests"))
+
+from here import about_here  # noqa: E402
 
 from fuzz_check import ViolationError, check  # noqa: E402
 from fuzzing import READERS, make_case  # noqa: E402
@@ -102,16 +102,7 @@ def main() -> None:
     for kind in options.only or KINDS:
         results[kind] = fuzz(kind, options.inputs, options.seed)
         print(json.dumps({kind: results[kind]}), flush=True)
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=HERE,
-    ).stdout.strip()
-    machine = f"{platform.machine()}, {multiprocessing.cpu_count()} cores, {platform.system()}"
-    device = {"device": machine, "python": platform.python_version()}
-    kept = {"commit": commit, **device, "seed": options.seed, "readers": results}
+    kept = {**about_here(), "seed": options.seed, "readers": results}
     if not options.no_keep:
         path = HERE / "results" / "fuzz.json"
         path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")

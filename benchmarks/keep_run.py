@@ -6,11 +6,11 @@ python benchmarks/keep_run.py runs/quickstart quickstart
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import yaml
+from here import commit
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -19,14 +19,8 @@ def keep(run: Path, name: str) -> Path:
     def read(file: str) -> str:
         return (run / file).read_text(encoding="utf-8")
 
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
     kept = {
-        "commit": commit,
+        "commit": commit(),
         "recipe": yaml.safe_load(read("recipe.yaml")),
         "summary": json.loads(read("summary.json")),
         "scores": json.loads(read("scores.json")),

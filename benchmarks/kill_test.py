@@ -11,11 +11,8 @@ Files are written in two halves with a pause between, so that many kills fall in
 from __future__ import annotations
 
 import json
-import os
-import platform
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -24,6 +21,8 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tests"))
+
+from here import about_here  # noqa: E402
 
 from killing import Warm, assert_same_result, changes_of  # noqa: E402
 from tiny import save_tiny_model, write_tasks  # noqa: E402
@@ -91,8 +90,7 @@ def main(trials: int) -> None:
             print(number, json.dumps(done[-1]), flush=True)
     kills = [kill for one in done for kill in one["kills"]]
     result = {
-        "commit": commit(),
-        "device": f"{cpu_name()}, {os.environ.get('OMP_NUM_THREADS', os.cpu_count())} threads",
+        **about_here(),
         "recipe": RECIPE,
         "undisturbed_seconds": round(ended.seconds, 2),
         "trials": trials,
@@ -104,22 +102,6 @@ def main(trials: int) -> None:
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"{result['equal']} of {trials} trials equal, {len(kills)} kills: {RESULT}")
-
-
-def commit() -> str:
-    return subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=HERE,
-    ).stdout.strip()
-
-
-def cpu_name() -> str:
-    import torch
-
-    return str(torch.cpu.get_capabilities().get("cpu_name") or platform.processor()).strip()
 
 
 if __name__ == "__main__":
