@@ -32,7 +32,7 @@ def test_init_writes_a_recipe_that_data_and_train_take(
     talks: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "mine.yaml"
-    done = command("init", talks, "--output", file)
+    done = command("init", talks, "--output", file, "--model", tiny_folder)
     assert done.returncode == 0, done.stderr
     text = file.read_text()
     assert "task: category" in text  # the column that names the tasks was found
@@ -40,7 +40,7 @@ def test_init_writes_a_recipe_that_data_and_train_take(
     recipe = load_recipe(file)
     assert (recipe.data, recipe.fields.task) == (str(talks), "category")
     assert 64 <= recipe.max_length <= 256
-    small = [f"model={tiny_folder}", "max_length=200"]
+    small = ["max_length=200"]
     seen = command("data", file, *small)
     assert seen.returncode == 0, seen.stderr
     said = plain(seen.stdout)
@@ -59,11 +59,11 @@ def test_init_does_not_overwrite(talks: Path, tmp_path: Path) -> None:
     assert (tmp_path / "mine.yaml").read_text() == "keep"
 
 
-def test_init_of_uneven_tasks_proposes_balance(tmp_path: Path) -> None:
+def test_init_of_uneven_tasks_proposes_balance(tiny_folder: Path, tmp_path: Path) -> None:
     for name, rows in (("few", 3), ("many", 90)):
         lines = [json.dumps({"prompt": f"{i}?", "completion": "yes"}) for i in range(rows)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-    done = command("init", tmp_path, "--output", tmp_path / "r.yaml")
+    done = command("init", tmp_path, "--output", tmp_path / "r.yaml", "--model", tiny_folder)
     assert done.returncode == 0, done.stderr
     assert load_recipe(tmp_path / "r.yaml").mixture.strategy == "balanced"
 

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from manylora.cli import app
 from manylora.evaluate.table import print_scores
+from manylora.init import init
 from manylora.recipe import load_recipe
 from tiny import tiny_llama
 
@@ -28,13 +29,23 @@ def commands() -> list[list[str]]:
     return [line for line in words if line[:1] == ["manylora"]]
 
 
+@pytest.fixture(scope="module")
+def recipe(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `manylora init` writes."""
+    file = tmp_path_factory.mktemp("init") / "recipe.yaml"
+    init(["samples"], file, Console(stderr=True), str(tiny_folder))
+    return file
+
+
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
-def test_every_command_exists_and_its_changes_fit_the_recipe(words: list[str]) -> None:
+def test_every_command_exists_and_its_changes_fit_the_recipe(
+    words: list[str], recipe: Path
+) -> None:
     verbs = {command.name or command.callback.__name__ for command in app.registered_commands}
     assert words[1] in verbs
     changes = [word for word in words[2:] if "=" in word]
-    files = [ROOT / word for word in words[2:] if word.endswith(".yaml")]
-    if words[1] in ("train", "doctor") and "--resume" not in words:
+    files = [recipe for word in words[2:] if word == "recipe.yaml"]
+    if words[1] in ("train", "doctor", "data") and "--resume" not in words:
         assert load_recipe(files[0] if files else None, changes).data
 
 

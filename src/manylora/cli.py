@@ -45,11 +45,13 @@ def quickstart(
 def init(
     data: Annotated[list[str], typer.Argument(help="Files, a folder, or a hub data set.")],
     output: Annotated[Path, typer.Option(help="The recipe to write.")] = Path("recipe.yaml"),
+    model: Annotated[str | None, typer.Option(help="The base model; else the default.")] = None,
 ) -> None:
     """Write a commented recipe for your own files."""
+    from manylora.base import DEFAULT_MODEL
     from manylora.init import init
 
-    recipe = init(data, output, console)
+    recipe = init(data, output, console, model or DEFAULT_MODEL)
     typer.echo(f"{output}: a recipe for {recipe.data}")
     typer.echo(f"next: manylora data {output}, then manylora train {output}")
 

@@ -65,14 +65,18 @@ output: {output}
 """
 
 
-def init(data: list[str], file: Path, console: Console) -> Recipe:
-    """Read the data and write a recipe for them to `file`; returns the recipe.
+def init(data: list[str], file: Path, console: Console, model: str = DEFAULT_MODEL) -> Recipe:
+    """Read the data and write a recipe for them and the model to `file`; returns the recipe.
 
     Raises CorpusError for data that cannot be used, FileExistsError for a file that is there.
     """
     if file.exists():
         raise FileExistsError(f"{file} exists; give another name with --output, or remove it")
-    values: dict[str, object] = {"data": data[0] if len(data) == 1 else data, "fields": {}}
+    values: dict[str, object] = {
+        "model": model,
+        "data": data[0] if len(data) == 1 else data,
+        "fields": {},
+    }
     recipe = parse_recipe(values)
     corpus = read_corpus(recipe, console)
     column = task_column(corpus)
@@ -94,7 +98,7 @@ def task_column(corpus: Corpus) -> str | None:
 
 
 def _text(recipe: Recipe, corpus: Corpus, column: str | None, file: Path) -> str:
-    longest = _longest(corpus)
+    longest = _longest(corpus, recipe.model)
     length = next((size for size in _LENGTHS if size >= longest), _LENGTHS[-1])
     rows = {task: len(corpus.train[task]) for task in corpus.tasks}
     uneven = max(rows.values()) > 10 * min(rows.values())
@@ -103,7 +107,7 @@ def _text(recipe: Recipe, corpus: Corpus, column: str | None, file: Path) -> str
     said = f"the longest row has {longest:,}" + (", longer ones are left out" * (longest > length))
     return _TEMPLATE.format(
         file=file,
-        model=DEFAULT_MODEL,
+        model=recipe.model,
         data=yaml.safe_dump({"data": recipe.data}, default_flow_style=False).rstrip(),
         tasks=f"# {len(rows)} tasks to train on: {', '.join(shown)}{more}",
         fields=yaml.safe_dump({"fields": {"task": column}}).rstrip()
@@ -116,9 +120,9 @@ def _text(recipe: Recipe, corpus: Corpus, column: str | None, file: Path) -> str
     )
 
 
-def _longest(corpus: Corpus) -> int:
-    """Tokens of the longest row, for the default model's tokenizer."""
-    encoder = Encoder(load_tokenizer(DEFAULT_MODEL), max_length=2**31)
+def _longest(corpus: Corpus, model: str) -> int:
+    """Tokens of the longest row."""
+    encoder = Encoder(load_tokenizer(model), max_length=2**31)
     found = 0
     for rows in corpus.train.values():
         most = rows.at(np.argsort(rows.sizes, kind="stable")[-_LONGEST_ROWS:])
