@@ -45,7 +45,7 @@ def test_init_writes_a_recipe_that_data_and_train_take(
     assert seen.returncode == 0, seen.stderr
     said = plain(seen.stdout)
     assert "2 tasks │ 36 │" in said
-    assert "column not read: id (in 1 files)" in said
+    assert "column not read: id (in 1 file)" in said
     more = ["train.max_steps=2", "evaluate.rows_per_task=2", f"output={tmp_path / 'run'}"]
     done = command("train", file, *small, *more)
     assert done.returncode == 0, done.stderr

@@ -38,9 +38,10 @@ def show_data(
     if isinstance(recipe.data, str) and Path(recipe.data).is_dir():
         for file in files_not_read(Path(recipe.data)):
             out.print(f"file not read: {file}", markup=False, highlight=False, soft_wrap=True)
-    files = Counter(column for columns in corpus.unread.values() for column in columns)
-    for column, count in files.items():
-        out.print(f"column not read: {column} (in {count} files)", markup=False, highlight=False)
+    unread = Counter(column for columns in corpus.unread.values() for column in columns)
+    for column, count in unread.items():
+        files = "1 file" if count == 1 else f"{count} files"
+        out.print(f"column not read: {column} (in {files})", markup=False, highlight=False)
     if task is not None and task not in train:
         raise CorpusError(f"no task {task!r} in the data; it has {', '.join(train)}")
     for name in [task] if task else train:

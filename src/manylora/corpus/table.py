@@ -61,7 +61,7 @@ def print_mixture(table: Sequence[MixtureRow], console: Console | None = None) -
     view.add_row(
         *_cells(
             MixtureRow(
-                task=f"{len(table)} tasks",
+                task=f"{len(table)} task{'s' * (len(table) != 1)}",
                 rows=sum(row["rows"] for row in table),
                 tokens=sum(row["tokens"] for row in table),
                 answer_tokens=sum(row["answer_tokens"] for row in table),
