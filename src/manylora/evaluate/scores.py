@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from manylora.corpus import Corpus, Encoded, Encoder, Example, Message
 from manylora.evaluate.answers import Model, Question, generate_answers, score_answers
 from manylora.inspect.routing import RoutingMeter
+from manylora.training.checkpoints import write_atomically
 
 SCORES_FILE = "scores.json"
 MAX_CHOICES = 20
@@ -189,4 +190,4 @@ def write_scores(
         task.name: {"n": len(task.examples), "before": before[task.name], "after": after[task.name]}
         for task in tasks
     }
-    (run / SCORES_FILE).write_text(json.dumps({"tasks": scores}, indent=2), encoding="utf-8")
+    write_atomically(run / SCORES_FILE, json.dumps({"tasks": scores}, indent=2))

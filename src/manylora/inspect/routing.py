@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from manylora.adapter.layer import ManyLoraLayer, layers_of
 from manylora.adapter.router import router_weights
+from manylora.training.checkpoints import write_atomically
 
 ROUTING_FILE = "routing.json"
 
@@ -88,7 +89,7 @@ class RoutingMeter:
 
 
 def write_routing(run: Path, routing: Routing) -> None:
-    (run / ROUTING_FILE).write_text(json.dumps(routing), encoding="utf-8")
+    write_atomically(run / ROUTING_FILE, json.dumps(routing))
 
 
 def read_routing(run: Path) -> Routing:
