@@ -1,6 +1,16 @@
-"""Fixtures that several test files share. Two torch processes on two cores slow each other down."""
+"""Fixtures that several test files share.
+
+The files run side by side, each process with one thread: more threads than cores, spinning for each
+other, are many times slower.
+"""
 
 from __future__ import annotations
+
+import os
+
+# Before torch is imported, which reads them once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from collections.abc import Callable
 from pathlib import Path
