@@ -39,7 +39,8 @@ class Axis:
         """The axis that spans the values, from 0 if asked, ending on a tick at both ends."""
         finite = [value for value in values if isfinite(value)] or [0.0, 1.0]
         low = 0.0 if zero else min(finite)
-        ticks = [float(tick) for tick in MaxNLocator(nbins=bins).tick_values(low, max(finite))]
+        high = max(finite) if max(finite) > low else low + 1.0
+        ticks = [float(tick) for tick in MaxNLocator(nbins=bins).tick_values(low, high)]
         if zero:
             ticks = [tick for tick in ticks if tick >= 0]
         return Axis(ticks[0], ticks[-1], ticks)
