@@ -15,6 +15,7 @@ from manylora.inspect.routing import RoutingMeter, write_routing
 from manylora.precision import autocast
 from manylora.recipe import Recipe
 from manylora.run import config_of, load, recipe_of
+from manylora.training.validation import eval_mode
 
 
 @dataclass
@@ -60,12 +61,7 @@ class Scorer:
         self, model: PeftModel, what: str, meter: RoutingMeter | None, use_ids: bool
     ) -> dict[str, Metrics]:
         rows = sum(len(task.examples) for task in self.tasks)
-        model.eval()
-        for module in model.modules():
-            # In eval mode on a CPU, bitsandbytes repacks 4-bit weights for good, and no gradient
-            # passes them any more; the layer has nothing else that its mode would change.
-            if type(module).__name__ == "Linear4bit":
-                module.train()
+        eval_mode(model)
         if rows:
             self.console.print(f"scoring the {what} on {rows} held-out rows")
         with autocast(self.recipe.train.precision, model.device):

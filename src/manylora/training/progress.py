@@ -46,13 +46,13 @@ class MetricsFile(TrainerCallback):
         line = {
             "step": state.global_step,
             "seconds": round(now - self.started, 3),
-            "loss": _finite(logs["loss"]),
+            "loss": finite(logs["loss"]),
             "learning_rate": logs["learning_rate"],
-            "grad_norm": _finite(logs.get("grad_norm", 0.0)),
+            "grad_norm": finite(logs.get("grad_norm", 0.0)),
             "tokens": tokens,
             "tokens_per_second": round((tokens - self.last_tokens) / (now - self.last), 1),
             "tasks": {
-                task: {"loss": _finite(loss / count), "tokens": count}
+                task: {"loss": finite(loss / count), "tokens": count}
                 for task, (loss, count) in losses.items()
             },
         }
@@ -147,7 +147,7 @@ class ProgressBar(TrainerCallback):
         self.bar.stop()
 
 
-def _finite(value: Any) -> float | None:
+def finite(value: Any) -> float | None:
     """JSON has no NaN; a lost loss is null, and the report says so."""
     number = float(value)
     return number if math.isfinite(number) else None

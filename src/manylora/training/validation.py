@@ -29,6 +29,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from manylora.training.checkpoints import partial_of, sync
+from manylora.training.progress import finite
 
 BEST = "best"
 _TASK = "eval_tasks/"
@@ -131,12 +132,12 @@ class Validation(TrainerCallback):
     ) -> None:
         mean = metrics["eval_loss"]
         tasks = {
-            name.removeprefix(_TASK): _finite(loss)
+            name.removeprefix(_TASK): finite(loss)
             for name, loss in metrics.items()
             if name.startswith(_TASK)
         }
         if state.is_world_process_zero:
-            line = {"step": state.global_step, "validation": tasks, "mean": _finite(mean)}
+            line = {"step": state.global_step, "validation": tasks, "mean": finite(mean)}
             with self.metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         if self.patience is None:
@@ -202,7 +203,3 @@ def restore_best(model: PeftModel, folder: Path, step: int) -> None:
             "the last state is in the newest checkpoint: start again from that one with start_from"
         )
     set_peft_model_state_dict(model, load_file(str(file)))
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
