@@ -100,6 +100,11 @@ class Rows(Sequence[Example]):
         """The rows at these places."""
         return Rows(self.store, self.numbers[places])
 
+    def spread(self, count: int) -> Rows:
+        """At most so many rows, evenly over all of them."""
+        places = np.linspace(0, len(self) - 1, min(len(self), count)).astype(int)
+        return self.at(np.unique(places))
+
     @property
     def sizes(self) -> npt.NDArray[np.int64]:
         """Bytes of each row's text, a few for its punctuation included."""

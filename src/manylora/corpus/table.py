@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypedDict
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -33,8 +32,7 @@ def mixture_table(train: dict[str, Rows], mixture: Mixture, encoder: Encoder) ->
     share = shares({task: len(rows) for task, rows in train.items()}, mixture)
     table = []
     for task, rows in train.items():
-        places = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), COUNTED_ROWS)).astype(int))
-        encoded, _ = encoder.split_too_long(rows.at(places))
+        encoded, _ = encoder.split_too_long(rows.spread(COUNTED_ROWS))
         scale = len(rows) / len(encoded)
         table.append(
             MixtureRow(

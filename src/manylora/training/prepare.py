@@ -148,9 +148,8 @@ def fit_selector(
     prompts: list[list[int]] = []
     owners: list[int] = []
     for task, rows in train.items():
-        count = min(len(rows), max(50, _PROMPTS_TO_FIT // len(train)))
-        places = np.unique(np.linspace(0, len(rows) - 1, count).astype(int))
-        for item in encoder.split_too_long(rows.at(places))[0]:
+        some = rows.spread(max(50, _PROMPTS_TO_FIT // len(train)))
+        for item in encoder.split_too_long(some)[0]:
             prompts.append(item.input_ids[: item.prompt_length])
             owners.append(tasks.index(task))
     if start is not None:
