@@ -9,35 +9,16 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftConfig, PeftModel
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import manylora
+from branch_prompts import IDS, NAMES, PROMPTS, RANGES, fitted, prompt
 from manylora.adapter.layer import ManyLoraLayer
 from manylora.adapter.selector import BranchSelector
 from manylora.adapter.state import BranchState
 from tiny import VOCAB, attach, tiny_llama
 
-NAMES = ["law", "medicine", "code"]
-RANGES = [(4, 14), (14, 24), (24, 34)]  # each branch's prompts have their own tokens
-UNKNOWN = (40, 60)
-TEMPLATE = [1, 3]  # every prompt starts so
-
-
-def prompt(low: int, high: int, seed: int, length: int = 12) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return TEMPLATE + torch.randint(low, high, (length - 2,), generator=generator).tolist()
-
-
-def fitted(order: tuple[int, ...] = (0, 1, 2)) -> BranchSelector:
-    owners = [i for i in range(3) for _ in range(8)]
-    prompts = [prompt(*RANGES[order[owner]], seed) for seed, owner in enumerate(owners)]
-    return BranchSelector.fit(prompts, owners, NAMES, buckets=512)
-
-
-PROMPTS = torch.tensor([prompt(*RANGES[k], 100 + k) for k in (2, 0, 1, 0)])
-IDS = torch.tensor([2, 0, 1, 0])
 SOME = torch.ones_like(PROMPTS)
 OPTIONS = {"max_new_tokens": 5, "eos_token_id": None, "pad_token_id": 0, "attention_mask": SOME}
 
@@ -62,42 +43,6 @@ def logits(model: nn.Module, x: Tensor = PROMPTS, **inputs: Any) -> Tensor:
 
 def states(model: nn.Module) -> list[BranchState]:
     return [m.state for m in model.modules() if isinstance(m, ManyLoraLayer)]
-
-
-def test_it_finds_the_branch_of_known_prompts_and_minus_one_for_others() -> None:
-    selector = fitted()
-    unknown = torch.tensor([prompt(*UNKNOWN, 7)])
-    x = torch.cat([PROMPTS, unknown])
-    assert selector.select(x, torch.ones_like(x)).tolist() == [2, 0, 1, 0, -1]
-
-
-def test_padding_and_batch_mates_do_not_change_the_choice() -> None:
-    selector = fitted()
-    x, mask = torch.full((4, 20), 30), torch.zeros(4, 20)
-    x[:, 5:17], mask[:, 5:17] = PROMPTS, 1
-    assert torch.equal(selector.select(x, mask), IDS)
-    for row, k in zip(PROMPTS, IDS, strict=True):
-        assert selector.select(row[None], torch.ones(1, 12)).tolist() == [int(k)]
-
-
-def test_what_cannot_be_chosen_is_refused() -> None:
-    with pytest.raises(ValueError, match="no training prompt for medicine, code"):
-        BranchSelector.fit([[1, 2]], [0], NAMES)
-    mask = torch.ones(4, 12)
-    mask[2] = 0
-    with pytest.raises(ValueError, match=r"a prompt is empty.*branch_ids\(model, ids\)"):
-        fitted().select(PROMPTS, mask)
-
-
-def test_it_saves_and_loads_equal(tmp_path: Path) -> None:
-    selector, file = fitted(), tmp_path / "branch_selector.safetensors"
-    selector.save(file)
-    loaded = BranchSelector.load(file)
-    assert torch.equal(loaded.idf, selector.idf)
-    assert torch.equal(loaded.centroids, selector.centroids)
-    assert (loaded.threshold, loaded.names) == (selector.threshold, NAMES)
-    with safe_open(str(file), "pt") as tensors:
-        assert set(tensors.keys()) == {"idf", "centroids", "threshold"}
 
 
 def test_it_is_saved_beside_the_weights_and_loaded_with_them(tmp_path: Path) -> None:

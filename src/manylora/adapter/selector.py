@@ -1,14 +1,17 @@
 """What picks the branch of a prompt when nobody says which: the nearest centroid of token counts.
 
-A prompt is the bag of its token ids and of its neighbouring pairs, hashed into `buckets`, weighted
+A prompt is the bag of its token ids, hashed into `buckets` and weighted
 
     f = log(1 + count) * idf,  idf = log((1 + n) / (1 + df)),  f / |f|
 
-and compared by cosine with one centroid per branch. Tokens that every prompt has (a chat template)
-weigh nothing. A prompt less like every branch than any training prompt was like the others of its
-own gets -1: the shared branch alone. It reads token ids, so it works inside a model's forward
-pass, needs no tokenizer, and is deterministic. Saved as `branch_selector.safetensors` beside the
-weights.
+and compared by cosine with one centroid per branch, after the mean of the branches is taken from
+both: what all branches have in common says nothing, and tokens that every prompt has (a chat
+template) weigh nothing at all. A prompt less like its nearest branch than that branch's threshold
+gets -1: the shared branch alone. The threshold is a quantile of the similarity of the branch's own
+training prompts, each against a centroid that was made without it. It reads token ids, so it works
+inside a model's forward pass, needs no tokenizer, and is deterministic: an answer depends neither
+on the rest of the batch nor on the number of threads. Saved as `branch_selector.safetensors` beside
+the weights.
 """
 
 from __future__ import annotations
@@ -17,26 +20,43 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from huggingface_hub import hf_hub_download
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from manylora.adapter.centroids import (
+    CHUNK,
+    Numbers,
+    branch_means,
+    centroids_of,
+    cosines,
+    count_prompts,
+    count_tokens,
+    inverse_frequency,
+    thresholds_of,
+    weigh,
+)
+
 SELECTOR_FILE = "branch_selector.safetensors"
+_TENSORS = ("idf", "mean", "centroids", "thresholds")
 
 
 @dataclass
 class BranchSelector:
     """Chooses a branch id from the token ids of a prompt.
 
-    idf: (buckets,); centroids: (N, buckets), unit rows; threshold: cosine below which the answer
-    is -1; names: what each branch is for, in order.
+    idf: (buckets,); mean: (buckets,) of the branches' features; centroids: (N, buckets), unit rows,
+    without the mean; thresholds: (N,), the cosine below which a branch is not chosen; names: what
+    each branch is for, in order.
     """
 
     idf: Tensor
+    mean: Tensor
     centroids: Tensor
-    threshold: float
+    thresholds: Tensor
     names: list[str]
 
     @classmethod
@@ -46,33 +66,53 @@ class BranchSelector:
         branches: Sequence[int],
         names: Sequence[str],
         buckets: int = 8192,
+        refuse: float = 0.01,
     ) -> BranchSelector:
-        """Fit to prompts (token ids) whose branch is known; every branch needs a prompt."""
-        _refuse_missing(branches, names)
-        counts = torch.stack([_counts(torch.tensor(p), buckets) for p in prompts])
-        idf = torch.log((1 + len(prompts)) / (1 + (counts > 0).sum(0)))
-        centroids, threshold = _centroids(_unit(torch.log1p(counts) * idf), branches, len(names))
-        return cls(idf, centroids, threshold, list(names))
+        """Fit to prompts (token ids) whose branch is known; every branch needs a prompt.
+
+        refuse: the share of a branch's own prompts that may get -1, for prompts that are drawn as
+        these were; prompts worded in another way get it more often.
+        """
+        owner = _owners(branches, names, refuse)
+        counts = count_prompts(prompts, buckets)
+        idf = inverse_frequency(counts)
+        features = weigh(counts, idf)
+        mean = np.zeros(buckets, dtype=np.float32)
+        if len(names) > 1:  # one branch is all there is: without its mean nothing would be left
+            mean = branch_means(features, owner, len(names)).mean(0)
+        return cls(
+            torch.from_numpy(idf),
+            torch.from_numpy(mean),
+            torch.from_numpy(centroids_of(features, owner, len(names), mean)),
+            torch.from_numpy(thresholds_of(features, owner, mean, refuse, np.empty(0, np.float32))),
+            list(names),
+        )
 
     def extended(
-        self, prompts: Sequence[Sequence[int]], branches: Sequence[int], names: Sequence[str]
+        self,
+        prompts: Sequence[Sequence[int]],
+        branches: Sequence[int],
+        names: Sequence[str],
+        refuse: float = 0.01,
     ) -> BranchSelector:
         """This selector with new branches after its own; `branches` are places in `names`.
 
-        The weights of tokens and the known centroids stay, so a prompt of a known branch goes where
-        it went unless it is more like a new one. The threshold is the lower one of both.
+        The weights of tokens and all that is known of the old branches stay, so a prompt of an old
+        branch goes where it went unless it is more like a new one.
         """
-        _refuse_missing(branches, names)
+        owner = _owners(branches, names, refuse)
         known = [name for name in names if name in self.names]
         if known:
             raise ValueError(f"the selector already has a branch for {', '.join(known)}")
-        counts = [_counts(torch.tensor(p), self.idf.numel()) for p in prompts]
-        features = _unit(torch.log1p(torch.stack(counts)) * self.idf)
-        centroids, threshold = _centroids(features, branches, len(names))
+        mean, known_thresholds = self.mean.numpy(), self.thresholds.numpy()
+        features = weigh(count_prompts(prompts, self.idf.numel()), self.idf.numpy())
+        centroids = centroids_of(features, owner, len(names), mean)
+        thresholds = thresholds_of(features, owner, mean, refuse, known_thresholds)
         return BranchSelector(
             self.idf,
-            torch.cat([self.centroids, centroids]),
-            min(self.threshold, threshold),
+            self.mean,
+            torch.cat([self.centroids, torch.from_numpy(centroids)]),
+            torch.cat([self.thresholds, torch.from_numpy(thresholds)]),
             [*self.names, *names],
         )
 
@@ -87,47 +127,56 @@ class BranchSelector:
                 "a prompt is empty, so no branch can be selected for it; "
                 "say which with manylora.branch_ids(model, ids)"
             )
-        rows = [_counts(row[keep], self.idf.numel()) for row, keep in zip(ids, mask, strict=True)]
-        features = _unit(torch.log1p(torch.stack(rows)) * self.idf)
-        similarity, branch = (features @ self.centroids.T).max(1)
-        return torch.where(similarity >= self.threshold, branch, -1)
+        chosen = torch.empty(len(ids), dtype=torch.long)
+        for start in range(0, len(ids), CHUNK):
+            some = slice(start, start + CHUNK)
+            lengths = mask[some].sum(1).numpy()
+            chosen[some] = torch.from_numpy(self._chosen(ids[some][mask[some]].numpy(), lengths))
+        return chosen
+
+    def _chosen(self, ids: Numbers, lengths: Numbers) -> Numbers:
+        features = weigh(count_tokens(ids, lengths, self.idf.numel()), self.idf.numpy())
+        similarity = cosines(features, self.mean.numpy(), self.centroids.numpy())
+        branch = similarity.argmax(1)
+        near = similarity.max(1) >= self.thresholds.numpy()[branch]
+        return np.where(near, branch, -1)
 
     def save(self, path: Path) -> None:
-        tensors = {
-            "idf": self.idf,
-            "centroids": self.centroids,
-            "threshold": torch.tensor([self.threshold], dtype=torch.float64),
-        }
+        tensors = {name: getattr(self, name) for name in _TENSORS}
         save_file(tensors, str(path), metadata={f"name_{i}": n for i, n in enumerate(self.names)})
 
     @classmethod
     def load(cls, path: Path) -> BranchSelector:
+        """Read what `save` wrote; ValueError for a file of another form."""
         with safe_open(str(path), framework="pt") as file:
+            if set(file.keys()) != set(_TENSORS):
+                raise ValueError(
+                    f"{path} holds {', '.join(sorted(file.keys()))}, but a selector is "
+                    f"{', '.join(_TENSORS)}: another version of manylora wrote it; train again, "
+                    "or use that version"
+                )
             metadata = file.metadata() or {}
-            idf, centroids = file.get_tensor("idf"), file.get_tensor("centroids")
+            idf, mean, centroids, thresholds = (file.get_tensor(name) for name in _TENSORS)
             names = [metadata[f"name_{i}"] for i in range(len(centroids))]
-            return cls(idf, centroids, float(file.get_tensor("threshold")), names)
+            return cls(idf, mean, centroids, thresholds, names)
 
     @classmethod
     def load_beside(
         cls, adapter: str, subfolder: str | None, revision: str | None
     ) -> BranchSelector:
         """Load the selector saved in an adapter's folder or hub repository."""
-        folder = Path(adapter) / (subfolder or "")
-        if (folder / SELECTOR_FILE).is_file():
-            return cls.load(folder / SELECTOR_FILE)
-        if not folder.is_dir():
+        file = Path(adapter) / (subfolder or "") / SELECTOR_FILE
+        if not file.is_file():
+            if file.parent.is_dir():
+                raise missing_selector(str(file.parent))
             try:
-                return cls.load(
-                    Path(
-                        hf_hub_download(
-                            adapter, SELECTOR_FILE, subfolder=subfolder, revision=revision
-                        )
-                    )
+                found = hf_hub_download(
+                    adapter, SELECTOR_FILE, subfolder=subfolder, revision=revision
                 )
             except Exception as error:
                 raise missing_selector(adapter) from error
-        raise missing_selector(str(folder))
+            file = Path(found)
+        return cls.load(file)
 
 
 def missing_selector(where: str) -> ValueError:
@@ -137,26 +186,12 @@ def missing_selector(where: str) -> ValueError:
     )
 
 
-def _refuse_missing(branches: Sequence[int], names: Sequence[str]) -> None:
-    missing = [name for i, name in enumerate(names) if i not in set(branches)]
+def _owners(branches: Sequence[int], names: Sequence[str], refuse: float) -> Numbers:
+    """The branches of the prompts, when they can be learned."""
+    if not 0 <= refuse < 1:
+        raise ValueError(f"refuse={refuse}: a share of own prompts is from 0 to below 1")
+    present = set(branches)
+    missing = [name for i, name in enumerate(names) if i not in present]
     if missing:
         raise ValueError(f"no training prompt for {', '.join(missing)}: cannot select it")
-
-
-def _centroids(features: Tensor, branches: Sequence[int], count: int) -> tuple[Tensor, float]:
-    """Unit rows, one for each branch, and the cosine that every prompt has to its own branch."""
-    owner = torch.tensor(branches)
-    sums = torch.zeros(count, features.shape[1]).index_add_(0, owner, features)
-    # Each prompt against the others of its branch: a centroid is biased towards its members.
-    others = (features * _unit(sums[owner] - features)).sum(1)
-    others = others[torch.bincount(owner)[owner] > 1]
-    return _unit(sums), max(float(others.min()) if len(others) else 0.0, 1e-6)
-
-
-def _counts(ids: Tensor, buckets: int) -> Tensor:
-    pairs = (ids[:-1] * 1_000_003 + ids[1:] * 31 + 7) % buckets
-    return torch.bincount(torch.cat([ids % buckets, pairs]), minlength=buckets).float()
-
-
-def _unit(rows: Tensor) -> Tensor:
-    return torch.nn.functional.normalize(rows, dim=-1, eps=1e-12)
+    return np.array(branches, dtype=np.int64)
