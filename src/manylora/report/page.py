@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from math import log
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from manylora.evaluate.table import LOWER_IS_BETTER, METRIC_TITLES, verdict
 from manylora.report.files import LoggedStep, Routing, Scores, Summary, ValidationStep, read_run
 from manylora.report.plots import (
@@ -31,20 +29,15 @@ from manylora.report.plots import (
     points_a_bin,
     thin,
 )
+from manylora.report.render import render
 
 
 def write_report(run: Path) -> Path:
     """Write run/report.html from the run folder's files and return its path."""
     files = read_run(run)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["score"] = number
-    page = environment.get_template("report.html.j2").render(
+    page = render(
+        "report.html.j2",
+        score=number,
         summary=files.summary,
         facts=facts(files.summary, len(files.scores.tasks)),
         scores=files.scores,

@@ -1,4 +1,4 @@
-"""The report's plots as geometry; report.html.j2 draws them as SVG.
+"""The pages' plots as geometry; their templates draw them as SVG.
 
 Horizontal places are shares of the width, so that a plot fits a phone and a desk with its text at
 one size: dot plots in percent, lines and heat strips in a nested SVG that stretches (0..1000 both
@@ -11,7 +11,7 @@ import csv
 import io
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from urllib.parse import quote
 
@@ -46,10 +46,11 @@ class Axis:
         return Axis(ticks[0], ticks[-1], ticks)
 
     @staticmethod
-    def of_steps(last: int, bins: int = 4) -> Axis:
-        """0 to the last step, and no further."""
-        ticks = MaxNLocator(nbins=bins, integer=True).tick_values(0, max(last, 1))
-        return Axis(0.0, float(max(last, 1)), [float(t) for t in ticks if 0 <= t <= max(last, 1)])
+    def of_steps(last: int, bins: int = 4, first: int = 0) -> Axis:
+        """The first step to the last, and no further."""
+        last = max(last, first + 1)
+        ticks = MaxNLocator(nbins=bins, integer=True).tick_values(first, last)
+        return Axis(float(first), float(last), [float(t) for t in ticks if first <= t <= last])
 
     def share(self, value: float) -> float:
         """Where the value lies between the axis's ends, 0 to 1."""
@@ -124,8 +125,18 @@ def dot_plot(rows: Sequence[tuple[str, Interval | None, Interval | None]]) -> Do
 
 
 @dataclass(frozen=True, slots=True)
+class Mark:
+    """A circle at a point of a line plot; `label` says what it is."""
+
+    style: str
+    at: Point
+    radius: int
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
 class LinePlot:
-    """Lines over steps: (CSS class, SVG polyline points)."""
+    """Lines over steps: (CSS class, SVG polyline points); marks: at (percent, pixels)."""
 
     title: str
     height: int
@@ -133,6 +144,7 @@ class LinePlot:
     x_ticks: list[tuple[float, str]]
     y_ticks: list[tuple[float, str]]
     left_out: int
+    marks: list[Mark]
 
 
 def line_plot(
@@ -142,9 +154,11 @@ def line_plot(
     last_step: int,
     height: int = 220,
     x_bins: int = 4,
+    first_step: int = 0,
+    marks: Sequence[Mark] = (),
 ) -> LinePlot:
     """The plot of (CSS class, points) lines; points that are not finite are counted, not drawn."""
-    x = Axis.of_steps(last_step, x_bins)
+    x = Axis.of_steps(last_step, x_bins, first_step)
 
     def draw(points: Sequence[Point]) -> str:
         return " ".join(
@@ -153,6 +167,10 @@ def line_plot(
             if isfinite(value)
         )
 
+    def place(point: Point) -> Point:
+        across, up = x.share(point[0]), y.share(point[1])
+        return round(100 * across, 2), round(height * (1 - up), 2)
+
     return LinePlot(
         title,
         height,
@@ -160,6 +178,7 @@ def line_plot(
         x.labels(100),
         y.labels(height, flip=True),
         sum(not isfinite(value) for _, points in lines for _, value in points),
+        [replace(mark, at=place(mark.at)) for mark in marks if isfinite(mark.at[1])],
     )
 
 

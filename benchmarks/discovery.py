@@ -1,0 +1,260 @@
+"""Are the tasks of a mixed corpus found again? Real tasks, drawn at random, in three readings.
+
+    python benchmarks/discovery.py MULTITASK [--dolly FILE] [--draws 0-4] [--features tfidf|model]
+
+MULTITASK holds train/TASK.jsonl (task, instruction, input, output) and paraphrases.json. For 4, 8
+and 16 tasks and each seed, `random.Random(seed).sample(sorted(tasks), n)` draws the tasks; all
+their training rows are clustered with the defaults, told nothing about the tasks. Readings: as_is
+(instruction and input), paraphrased (one of seven wordings of the instruction, chosen by a hash),
+input_only. Beside it, `plain`: the words' TF-IDF, K-means and the SSE elbow alone, as the paper
+has it, with the elbow's K and with the true one.
+
+Writes DIR/discovery.parquet (one row a document: draw, reading, seed, task, cluster; -1 is none)
+and DIR/discovery.json (for each draw what was chosen and why).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import json
+import random
+import re
+import time
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from here import about_here
+from kneed import KneeLocator
+from sklearn.cluster import KMeans
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.metrics import adjusted_rand_score
+
+from manylora.discovery.discover import Documents, Found, discover
+from manylora.discovery.options import DiscoveryOptions
+from manylora.discovery.space import Embedding
+
+READINGS = ("as_is", "paraphrased", "input_only")
+SIZES = (4, 8, 16)
+PLAIN_ROWS, PLAIN_K = 4000, 40
+Row = dict[str, str]
+
+
+def main() -> None:
+    arguments = _arguments()
+    first, last = map(int, arguments.draws.split("-"))
+    data = load(arguments.multitask)
+    tasks = sorted(data)
+    jobs = [
+        (f"{n}-{seed}", random.Random(seed).sample(tasks, n), reading, seed)
+        for n in SIZES
+        for seed in range(first, last + 1)
+        for reading in READINGS
+    ]
+    singles = [(f"1-{task}", [task], reading, 0) for task in tasks for reading in READINGS]
+    started = time.perf_counter()
+    with ProcessPoolExecutor(arguments.processes) as pool:
+        waiting = [
+            pool.submit(one, {t: data[t] for t in job[1]}, *job, arguments.features)
+            for job in [*jobs, *singles]
+        ]
+        if arguments.dolly:
+            waiting.append(pool.submit(dolly, arguments.dolly, arguments.features))
+        done = [found.result() for found in waiting]
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    pq.write_table(
+        pa.concat_tables([columns for _, columns in done]).combine_chunks(),
+        arguments.output / f"{arguments.name}.parquet",
+        compression="zstd",
+    )
+    result = {
+        **about_here(),
+        "features": arguments.features,
+        "seconds": round(time.perf_counter() - started),
+        "processes": arguments.processes,
+        "draws": [summary for summary, _ in done],
+    }
+    path = arguments.output / f"{arguments.name}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print_table(result["draws"])
+
+
+def one(
+    data: dict[str, list[Row]],
+    draw: str,
+    tasks: list[str],
+    reading: str,
+    seed: int,
+    features: str,
+) -> tuple[dict[str, Any], pa.Table]:
+    """One draw in one reading: what was found, in short and for every document."""
+    texts = [READING[reading](row) for task in tasks for row in data[task]]
+    owners = [row["task"] for task in tasks for row in data[task]]
+    found = _discover(texts, owners, seed, features)
+    several = {"plain": plain(texts, owners, seed)} if len(tasks) > 1 else {}
+    return summary(draw, reading, len(tasks), found) | several, columns(
+        draw, reading, seed, owners, found
+    )
+
+
+def dolly(path: Path, features: str) -> tuple[dict[str, Any], pa.Table]:
+    """Dolly-15k with its category as the task; the paper finds three clusters in it."""
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    texts = [f"{row['instruction']}\n{row['context']}".strip() for row in rows]
+    owners = [row["category"] for row in rows]
+    found = _discover(texts, owners, 0, features)
+    said = summary("dolly", "as_is", 3, found) | {"plain": plain(texts, owners, 0)}
+    return said, columns("dolly", "as_is", 0, owners, found)
+
+
+def _discover(texts: list[str], owners: list[str], seed: int, features: str) -> Found:
+    warnings.filterwarnings("ignore")
+    sources = [str(number) for number in range(len(texts))]
+    return discover(
+        Documents(texts, owners, sources), DiscoveryOptions(), seed, _embedding(features, seed)
+    )
+
+
+def _embedding(features: str, seed: int) -> Callable[[], Embedding] | None:
+    if features == "tfidf":
+        return None
+    from manylora.discovery.embeddings import ModelEmbedding
+
+    from manylora.base import DEFAULT_MODEL
+
+    return lambda: ModelEmbedding(DEFAULT_MODEL, seed)
+
+
+def plain(texts: list[str], owners: list[str], seed: int) -> dict[str, Any]:
+    """TF-IDF of words, K-means, elbow: nothing else, on some of the rows."""
+    picked = random.Random(seed).sample(range(len(texts)), min(PLAIN_ROWS, len(texts)))
+    truth = [owners[place] for place in picked]
+    rows = TfidfVectorizer(stop_words="english", min_df=2).fit_transform(
+        [texts[place] for place in picked]
+    )
+    sses, aris = [], []
+    for k in range(1, PLAIN_K + 1):
+        means = KMeans(k, n_init=1, random_state=seed).fit(rows)
+        sses.append(float(means.inertia_))
+        aris.append(float(adjusted_rand_score(truth, means.labels_)))
+    knee = KneeLocator(range(1, PLAIN_K + 1), sses, curve="convex", direction="decreasing").knee
+    k = int(knee or 1)
+    return {"k": k, "ari": aris[k - 1], "ari_at_true_k": aris[len(set(owners)) - 1]}
+
+
+def summary(draw: str, reading: str, true_k: int, found: Found) -> dict[str, Any]:
+    said = found.discovery
+    return {
+        "draw": draw,
+        "reading": reading,
+        "true_k": true_k,
+        "documents": said.documents,
+        "k": said.k,
+        "chosen_by": said.chosen_by,
+        "ari": None if said.agreement is None else said.agreement.ari,
+        "nmi": None if said.agreement is None else said.agreement.nmi,
+        "criteria": {criterion.name: criterion.k for criterion in said.criteria},
+        "notes": {criterion.name: criterion.note for criterion in said.criteria},
+        "share": said.heterogeneity.share,
+        "apart": said.heterogeneity.silhouette,
+        "control": said.heterogeneity.control,
+        "several": said.heterogeneity.several,
+        "seconds": said.seconds,
+    }
+
+
+def columns(draw: str, reading: str, seed: int, owners: list[str], found: Found) -> pa.Table:
+    size = len(owners)
+    return pa.table(
+        {
+            "draw": pa.array([draw] * size).dictionary_encode(),
+            "reading": pa.array([reading] * size).dictionary_encode(),
+            "seed": pa.array(np.full(size, seed, dtype=np.int8)),
+            "task": pa.array(owners).dictionary_encode(),
+            "cluster": pa.array(found.labels.astype(np.int16)),
+        }
+    ).unify_dictionaries()
+
+
+def load(folder: Path) -> dict[str, list[Row]]:
+    """Training rows by task, each with its paraphrased instruction (data/SOURCES.md's rule)."""
+    wordings = json.loads((folder / "paraphrases.json").read_text(encoding="utf-8"))
+    data: dict[str, list[Row]] = {}
+    for file in sorted((folder / "train").glob("*.jsonl")):
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        for row in rows:
+            row["paraphrase"] = paraphrase(row, wordings[file.stem])
+        data[file.stem] = rows
+    return data
+
+
+def paraphrase(row: Row, wording: dict[str, Any]) -> str:
+    templates = wording["train"]
+    if not templates:
+        return row["instruction"]
+    digest = hashlib.sha256((row["task"] + row["input"]).encode()).hexdigest()
+    template = str(templates[int(digest, 16) % len(templates)])
+    if wording["extract"] is None:
+        return template
+    match = re.match(wording["extract"], row["instruction"])
+    if match is None:
+        raise ValueError(f"{row['task']}: no slot in {row['instruction']!r}")
+    return template.replace("{slot}", match["slot"])
+
+
+READING: dict[str, Callable[[Row], str]] = {
+    "as_is": lambda row: f"{row['instruction']}\n{row['input']}".strip(),
+    "paraphrased": lambda row: f"{row['paraphrase']}\n{row['input']}".strip(),
+    "input_only": lambda row: row["input"],
+}
+
+
+def print_table(draws: list[dict[str, Any]]) -> None:
+    """Mean ARI and how often K is within one, by number of tasks and reading."""
+    print("tasks reading       ARI   K within 1   K                     plain ARI (true K)")
+    for n in SIZES:
+        for reading in READINGS:
+            rows = [d for d in draws if d["draw"].startswith(f"{n}-") and d["reading"] == reading]
+            if not rows:
+                continue
+            ks = [d["k"] for d in rows]
+            near = sum(abs(k - n) <= 1 for k in ks)
+            ari, base, true = (
+                np.mean(values)
+                for values in (
+                    [d["ari"] for d in rows],
+                    [d["plain"]["ari"] for d in rows],
+                    [d["plain"]["ari_at_true_k"] for d in rows],
+                )
+            )
+            print(
+                f"{n:5d} {reading:12s} {ari:.3f}   {near} of {len(rows)}     {ks!s:22s}"
+                f"{base:.2f} ({true:.2f})"
+            )
+    for d in draws:
+        if d["draw"] == "dolly":
+            print(f"Dolly-15k: K = {d['k']} by {d['chosen_by']}; {d['criteria']}")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("multitask", type=Path)
+    parser.add_argument("--dolly", type=Path)
+    parser.add_argument("--draws", default="0-4")
+    parser.add_argument("--features", choices=["tfidf", "model"], default="tfidf")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--name", default="discovery")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

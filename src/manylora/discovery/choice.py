@@ -1,0 +1,79 @@
+"""From the curve to a number of clusters: every criterion, and which of them decides.
+
+    gap             the last K whose gain is twice the next one's, in Ward's tree
+    elbow           where the SSE curve turns (kneed; HydraLoRA, section 3.2.1)
+    silhouette      its highest point
+    davies_bouldin  its lowest point
+
+gain(K) is the SSE saved by going from K - 1 to K clusters. A corpus with clear parts has one K
+after which gains collapse: `gap` finds it and decides. Where gains only fade there is no such K,
+and the elbow decides, which depends on how far the curve is drawn (see docs/discovery.md for how
+often each is right). The other criteria are shown beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kneed import KneeLocator
+
+from manylora.discovery.curve import Curve
+from manylora.discovery.result import Candidate, Criterion
+
+CLEAR = 2.0
+
+
+def criteria(curve: Curve) -> list[Criterion]:
+    """What each criterion says of the curve, the deciding ones first."""
+    return [_gap(curve), _elbow(curve.candidates), *_indices(curve.candidates)]
+
+
+def choose(found: Sequence[Criterion]) -> Criterion:
+    """The first criterion that has an answer."""
+    return next(criterion for criterion in found if criterion.k is not None)
+
+
+def disagreement(k: int, found: Sequence[Criterion]) -> str:
+    """A sentence naming who says otherwise; empty when all that answer say k."""
+    others = [f"{criterion.name} says {criterion.k}" for criterion in found if criterion.k]
+    others = [said for said in others if not said.endswith(f" {k}")]
+    return f"The criteria disagree: {k} is taken, but {', '.join(others)}." if others else ""
+
+
+def _gap(curve: Curve) -> Criterion:
+    gains = {} if curve.tree is None else curve.tree.gains(len(curve.candidates) + 1)
+    ratios = {k: gains[k] / max(gains[k + 1], 1e-12) for k in gains if k + 1 in gains}
+    clear = [k for k, ratio in ratios.items() if ratio >= CLEAR]
+    if not clear:
+        sharpest = max(ratios, key=lambda k: ratios[k], default=None)
+        shown = (
+            "" if sharpest is None else f"; the sharpest is {ratios[sharpest]:.1f} at {sharpest}"
+        )
+        return Criterion(name="gap", k=None, note=f"no drop by a factor of {CLEAR:g}{shown}")
+    return Criterion(name="gap", k=max(clear), note=f"gain drops {ratios[max(clear)]:.1f}-fold")
+
+
+def _elbow(curve: Sequence[Candidate]) -> Criterion:
+    if len(curve) < 3:
+        return Criterion(name="elbow", k=len(curve), note="too few different documents for a curve")
+    knee = KneeLocator(
+        [c.k for c in curve], [c.sse for c in curve], curve="convex", direction="decreasing"
+    ).knee
+    if knee is None:
+        return Criterion(name="elbow", k=1, note="the curve does not turn")
+    return Criterion(name="elbow", k=int(knee), note=f"of the SSE curve up to {curve[-1].k}")
+
+
+def _indices(curve: Sequence[Candidate]) -> list[Criterion]:
+    high = [(c.silhouette, c.k) for c in curve if c.silhouette is not None]
+    low = [(c.davies_bouldin, c.k) for c in curve if c.davies_bouldin is not None]
+    best = max(high, key=lambda pair: pair[0], default=None)
+    least = min(low, key=lambda pair: pair[0], default=None)
+    return [
+        Criterion(name="silhouette", k=None, note="needs two clusters")
+        if best is None
+        else Criterion(name="silhouette", k=best[1], note=f"highest: {best[0]:.2f}"),
+        Criterion(name="davies_bouldin", k=None, note="needs two clusters")
+        if least is None
+        else Criterion(name="davies_bouldin", k=least[1], note=f"lowest: {least[0]:.2f}"),
+    ]
