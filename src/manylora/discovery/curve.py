@@ -45,7 +45,7 @@ class Tree:
     def gains(self, most: int) -> dict[int, float]:
         """SSE that going from k - 1 to k clusters saves, for k up to `most`."""
         saved = self.links[:, 2] ** 2 / 2
-        return {k: float(saved[-(k - 1)]) for k in range(2, min(most, len(saved)) + 1)}
+        return {k: float(saved[-(k - 1)]) for k in range(2, min(most, len(saved) + 1) + 1)}
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,10 @@ def shuffled(texts: Sequence[str], seed: int) -> list[str]:
 def explained(rows: Rows, k: int, seed: int) -> float:
     """The share of the rows' variance that lies between k clusters of theirs."""
     whole = float(((rows - rows.mean(0)) ** 2).sum())
+    if whole < 1e-9 * len(rows):
+        return 0.0
     found = KMeans(min(k, len(rows)), n_init=3, random_state=seed).fit(rows)
-    return 1.0 - float(found.inertia_) / whole if whole > 1e-9 * len(rows) else 0.0
+    return 1.0 - float(found.inertia_) / whole
 
 
 def heterogeneity(
