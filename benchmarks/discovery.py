@@ -83,7 +83,7 @@ def main() -> None:
     }
     path = arguments.output / f"{arguments.name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print_table(result["draws"])
+    print(markdown(result["draws"]))
 
 
 def one(
@@ -126,9 +126,8 @@ def _discover(texts: list[str], owners: list[str], seed: int, features: str) -> 
 def _embedding(features: str, seed: int) -> Callable[[], Embedding] | None:
     if features == "tfidf":
         return None
-    from manylora.discovery.embeddings import ModelEmbedding
-
     from manylora.base import DEFAULT_MODEL
+    from manylora.discovery.embeddings import ModelEmbedding
 
     return lambda: ModelEmbedding(DEFAULT_MODEL, seed)
 
@@ -217,31 +216,40 @@ READING: dict[str, Callable[[Row], str]] = {
 }
 
 
-def print_table(draws: list[dict[str, Any]]) -> None:
-    """Mean ARI and how often K is within one, by number of tasks and reading."""
-    print("tasks reading       ARI   K within 1   K                     plain ARI (true K)")
+def markdown(draws: list[dict[str, Any]]) -> str:
+    """Mean ARI, and how often K is within one, by number of tasks and reading."""
+    lines = [
+        "| tasks | reading | ARI | K within one | K | plain, its elbow | plain, true K |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for n in SIZES:
         for reading in READINGS:
             rows = [d for d in draws if d["draw"].startswith(f"{n}-") and d["reading"] == reading]
-            if not rows:
-                continue
             ks = [d["k"] for d in rows]
             near = sum(abs(k - n) <= 1 for k in ks)
-            ari, base, true = (
-                np.mean(values)
-                for values in (
-                    [d["ari"] for d in rows],
-                    [d["plain"]["ari"] for d in rows],
-                    [d["plain"]["ari_at_true_k"] for d in rows],
-                )
+            ari = np.mean([d["ari"] for d in rows])
+            elbow = np.mean([d["plain"]["ari"] for d in rows])
+            true = np.mean([d["plain"]["ari_at_true_k"] for d in rows])
+            lines.append(
+                f"| {n} | {reading} | {ari:.2f} | {near} of {len(rows)} "
+                f"| {', '.join(map(str, ks))} | {elbow:.2f} | {true:.2f} |"
             )
-            print(
-                f"{n:5d} {reading:12s} {ari:.3f}   {near} of {len(rows)}     {ks!s:22s}"
-                f"{base:.2f} ({true:.2f})"
-            )
+    mixed = [d for d in draws if not d["draw"].startswith("1-") and d["draw"] != "dolly"]
+    single = [d for d in draws if d["draw"].startswith("1-")]
+    lines += [
+        "",
+        f"Several branches are called worth a try in {sum(d['several'] for d in mixed)} of "
+        f"{len(mixed)} mixtures and in {sum(d['several'] for d in single)} of {len(single)} "
+        "single tasks.",
+    ]
     for d in draws:
         if d["draw"] == "dolly":
-            print(f"Dolly-15k: K = {d['k']} by {d['chosen_by']}; {d['criteria']}")
+            said = ", ".join(f"{name} {k or 'none'}" for name, k in d["criteria"].items())
+            lines += [
+                "",
+                f"Dolly-15k: K = {d['k']} by {d['chosen_by']}, ARI {d['ari']:.2f} ({said}).",
+            ]
+    return "\n".join(lines)
 
 
 def _arguments() -> argparse.Namespace:
