@@ -153,9 +153,9 @@ def test_the_curve_starts_at_the_whole_variance_and_never_rises() -> None:
 @pytest.mark.parametrize("k", [2, 3, 5, 8])
 def test_every_criterion_sees_groups_that_stand_apart(k: int) -> None:
     rows = groups(k)
-    found = [*choice.criteria(curve_of(rows, 12)), *density(rows, 0)]
+    found = [*choice.criteria(curve_of(rows, 30)), *density(rows, 0)]
     assert {criterion.name: criterion.k for criterion in found} == dict.fromkeys(
-        ("gap", "elbow", "silhouette", "davies_bouldin", "dbscan", "hdbscan"), k
+        ("gap", "log_elbow", "elbow", "silhouette", "davies_bouldin", "dbscan", "hdbscan"), k
     )
     assert choice.disagreement(k, found) == ""
     assert choice.choose(found).name == "gap"
@@ -171,6 +171,7 @@ def test_the_elbow_decides_where_gains_only_fade() -> None:
     rows = unit(np.random.default_rng(0).normal(size=(400, 12)))
     found = choice.criteria(curve_of(rows))
     assert found[0].k is None and "no drop" in found[0].note
+    assert found[1].k is None and "below 0.5" in found[1].note
     assert choice.choose(found).name == "elbow"
 
 

@@ -1,18 +1,21 @@
 """From the curve to a number of clusters: every criterion, and which of them decides.
 
     gap             the last K whose gain is twice the next one's, in Ward's tree
+    log_elbow       where the logarithm of the SSE turns (kneed); only of clusters that stand apart
     elbow           where the SSE curve turns (kneed; HydraLoRA, section 3.2.1)
     silhouette      its highest point
     davies_bouldin  its lowest point
 
 gain(K) is the SSE saved by going from K - 1 to K clusters. A corpus with clear parts has one K
 after which gains collapse: `gap` finds it and decides. Where gains only fade there is no such K,
-and the elbow decides, which depends on how far the curve is drawn (see docs/discovery.md for how
-often each is right). The other criteria are shown beside them.
+and an elbow decides: of the logarithm where clusters are tight, for the SSE has then all but gone
+long before the last of them is found; else of the SSE itself. An elbow depends on how far the curve
+is drawn. docs/discovery.md says how often each is right; the other criteria are shown beside them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from kneed import KneeLocator
@@ -21,11 +24,13 @@ from manylora.discovery.curve import Curve
 from manylora.discovery.result import Candidate, Criterion
 
 CLEAR = 2.0
+TIGHT = 0.5
 
 
 def criteria(curve: Curve) -> list[Criterion]:
     """What each criterion says of the curve, the deciding ones first."""
-    return [_gap(curve), _elbow(curve.candidates), *_indices(curve.candidates)]
+    drawn = curve.candidates
+    return [_gap(curve), _log_elbow(drawn), _elbow(drawn), *_indices(drawn)]
 
 
 def choose(found: Sequence[Criterion]) -> Criterion:
@@ -53,15 +58,29 @@ def _gap(curve: Curve) -> Criterion:
     return Criterion(name="gap", k=max(clear), note=f"gain drops {ratios[max(clear)]:.1f}-fold")
 
 
+def _log_elbow(curve: Sequence[Candidate]) -> Criterion:
+    tight = max((c.silhouette for c in curve if c.silhouette is not None), default=0.0)
+    if tight < TIGHT:
+        note = f"not asked: the silhouette stays below {TIGHT:g}"
+        return Criterion(name="log_elbow", k=None, note=note)
+    least = 1e-9 * curve[0].sse
+    found = _knee(curve, [math.log(max(c.sse, least)) for c in curve])
+    return Criterion(name="log_elbow", k=found, note=f"of the log SSE up to {curve[-1].k}")
+
+
 def _elbow(curve: Sequence[Candidate]) -> Criterion:
     if len(curve) < 3:
         return Criterion(name="elbow", k=len(curve), note="too few different documents for a curve")
-    knee = KneeLocator(
-        [c.k for c in curve], [c.sse for c in curve], curve="convex", direction="decreasing"
-    ).knee
-    if knee is None:
+    found = _knee(curve, [c.sse for c in curve])
+    if found is None:
         return Criterion(name="elbow", k=1, note="the curve does not turn")
-    return Criterion(name="elbow", k=int(knee), note=f"of the SSE curve up to {curve[-1].k}")
+    return Criterion(name="elbow", k=found, note=f"of the SSE curve up to {curve[-1].k}")
+
+
+def _knee(curve: Sequence[Candidate], values: Sequence[float]) -> int | None:
+    ks = [c.k for c in curve]
+    knee = KneeLocator(ks, list(values), curve="convex", direction="decreasing").knee
+    return None if knee is None or knee == ks[0] else int(knee)  # an end is no turn
 
 
 def _indices(curve: Sequence[Candidate]) -> list[Criterion]:

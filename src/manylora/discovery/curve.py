@@ -21,7 +21,7 @@ from sklearn.metrics import davies_bouldin_score, silhouette_score
 from manylora.discovery.result import Candidate
 from manylora.discovery.space import Rows
 
-_TREE_ROWS, _SILHOUETTE_ROWS = 4000, 3000
+_TREE_ROWS, _SILHOUETTE_ROWS = 8000, 3000
 
 
 @dataclass(frozen=True)
