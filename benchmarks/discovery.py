@@ -1,6 +1,7 @@
 """Are the tasks of a mixed corpus found again? Real tasks, drawn at random, in three readings.
 
-    python benchmarks/discovery.py MULTITASK [--dolly FILE] [--draws 0-4] [--features tfidf|model]
+    python benchmarks/discovery.py MULTITASK [--dolly FILE] [--draws 0-4]
+        [--features tfidf|model] [--model M] [--rows N] [--processes N]
 
 MULTITASK holds train/TASK.jsonl (task, instruction, input, output) and paraphrases.json. For 4, 8
 and 16 tasks and each seed, `random.Random(seed).sample(sorted(tasks), n)` draws the tasks; all
@@ -37,9 +38,10 @@ from sklearn.cluster import KMeans
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics import adjusted_rand_score
 
+from manylora.base import DEFAULT_MODEL
 from manylora.discovery.discover import Documents, Found, discover
+from manylora.discovery.embeddings import embeddings
 from manylora.discovery.options import DiscoveryOptions
-from manylora.discovery.space import Embedding
 
 READINGS = ("as_is", "paraphrased", "input_only")
 SIZES = (4, 8, 16)
@@ -58,15 +60,14 @@ def main() -> None:
         for seed in range(first, last + 1)
         for reading in READINGS
     ]
-    singles = [(f"1-{task}", [task], reading, 0) for task in tasks for reading in READINGS]
+    if arguments.rows is None:
+        jobs += [(f"1-{task}", [task], reading, 0) for task in tasks for reading in READINGS]
+    how = (arguments.features, arguments.model, arguments.rows)
     started = time.perf_counter()
     with ProcessPoolExecutor(arguments.processes) as pool:
-        waiting = [
-            pool.submit(one, {t: data[t] for t in job[1]}, *job, arguments.features)
-            for job in [*jobs, *singles]
-        ]
+        waiting = [pool.submit(one, {t: data[t] for t in job[1]}, *job, *how) for job in jobs]
         if arguments.dolly:
-            waiting.append(pool.submit(dolly, arguments.dolly, arguments.features))
+            waiting.append(pool.submit(dolly, arguments.dolly, arguments.features, arguments.model))
         done = [found.result() for found in waiting]
     arguments.output.mkdir(parents=True, exist_ok=True)
     pq.write_table(
@@ -77,6 +78,7 @@ def main() -> None:
     result = {
         **about_here(),
         "features": arguments.features,
+        "rows": arguments.rows,
         "seconds": round(time.perf_counter() - started),
         "processes": arguments.processes,
         "draws": [summary for summary, _ in done],
@@ -93,43 +95,39 @@ def one(
     reading: str,
     seed: int,
     features: str,
+    model: str,
+    rows: int | None,
 ) -> tuple[dict[str, Any], pa.Table]:
     """One draw in one reading: what was found, in short and for every document."""
-    texts = [READING[reading](row) for task in tasks for row in data[task]]
-    owners = [row["task"] for task in tasks for row in data[task]]
-    found = _discover(texts, owners, seed, features)
+    documents = [row for task in tasks for row in data[task]]
+    if rows is not None:
+        documents = random.Random(seed).sample(documents, min(rows, len(documents)))
+    texts = [READING[reading](row) for row in documents]
+    owners = [row["task"] for row in documents]
+    found = _discover(texts, owners, seed, features, model)
     several = {"plain": plain(texts, owners, seed)} if len(tasks) > 1 else {}
     return summary(draw, reading, len(tasks), found) | several, columns(
         draw, reading, seed, owners, found
     )
 
 
-def dolly(path: Path, features: str) -> tuple[dict[str, Any], pa.Table]:
+def dolly(path: Path, features: str, model: str) -> tuple[dict[str, Any], pa.Table]:
     """Dolly-15k with its category as the task; the paper finds three clusters in it."""
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
     texts = [f"{row['instruction']}\n{row['context']}".strip() for row in rows]
     owners = [row["category"] for row in rows]
-    found = _discover(texts, owners, 0, features)
+    found = _discover(texts, owners, 0, features, model)
     said = summary("dolly", "as_is", 3, found) | {"plain": plain(texts, owners, 0)}
     return said, columns("dolly", "as_is", 0, owners, found)
 
 
-def _discover(texts: list[str], owners: list[str], seed: int, features: str) -> Found:
+def _discover(texts: list[str], owners: list[str], seed: int, features: str, model: str) -> Found:
     warnings.filterwarnings("ignore")
     sources = [str(number) for number in range(len(texts))]
-    return discover(
-        Documents(texts, owners, sources), DiscoveryOptions(), seed, _embedding(features, seed)
-    )
-
-
-def _embedding(features: str, seed: int) -> Callable[[], Embedding] | None:
-    if features == "tfidf":
-        return None
-    from manylora.base import DEFAULT_MODEL
-    from manylora.discovery.embeddings import ModelEmbedding
-
-    return lambda: ModelEmbedding(DEFAULT_MODEL, seed)
+    options = DiscoveryOptions(features=features)
+    make = embeddings(options, model, seed, lambda said: None)
+    return discover(Documents(texts, owners, sources), options, seed, make)
 
 
 def plain(texts: list[str], owners: list[str], seed: int) -> dict[str, Any]:
@@ -236,12 +234,10 @@ def markdown(draws: list[dict[str, Any]]) -> str:
             )
     mixed = [d for d in draws if not d["draw"].startswith("1-") and d["draw"] != "dolly"]
     single = [d for d in draws if d["draw"].startswith("1-")]
-    lines += [
-        "",
-        f"Several branches are called worth a try in {sum(d['several'] for d in mixed)} of "
-        f"{len(mixed)} mixtures and in {sum(d['several'] for d in single)} of {len(single)} "
-        "single tasks.",
-    ]
+    said = f"{sum(d['several'] for d in mixed)} of {len(mixed)} mixtures"
+    if single:
+        said += f" and in {sum(d['several'] for d in single)} of {len(single)} single tasks"
+    lines += ["", f"Several branches are called worth a try in {said}."]
     for d in draws:
         if d["draw"] == "dolly":
             said = ", ".join(f"{name} {k or 'none'}" for name, k in d["criteria"].items())
@@ -258,6 +254,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--dolly", type=Path)
     parser.add_argument("--draws", default="0-4")
     parser.add_argument("--features", choices=["tfidf", "model"], default="tfidf")
+    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--rows", type=int, help="documents of a draw; default all")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--name", default="discovery")

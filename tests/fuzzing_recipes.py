@@ -13,7 +13,7 @@ from fuzz_check import SECONDS, Hang, ViolationError, peak_memory, time_limit
 from fuzzing import DAMAGE
 from manylora.recipe import Recipe, RecipeError, load_recipe
 
-GROUPS = ("adapter", "train", "evaluate", "fields", "mixture")
+GROUPS = ("adapter", "train", "evaluate", "fields", "mixture", "discovery")
 VALUES: tuple[Any, ...] = (
     *(None, True, 0, 1, -1, 3, 10**6, 10**40, -(2**63), 0.0, 0.1, 1e-3, -2.5, 1e308),
     *(float("inf"), float("nan"), "", " ", "x", "lora", "hydralora", "auto", "samples", "1e-3"),

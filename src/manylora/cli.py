@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -69,6 +69,31 @@ def data(
 
     path, changes = _recipe_and_changes(recipe, changes)
     show_data(load_recipe(path, changes), Console(highlight=False), console, task, row)
+
+
+@app.command()
+def discover(
+    data: Annotated[
+        list[str],
+        typer.Argument(help="Files, folders, hub data sets; perhaps fields.prompt=COLUMN."),
+    ],
+    output: Annotated[Path, typer.Option(help="The folder to write.")] = Path("runs/discovered"),
+    model: Annotated[str | None, typer.Option(help="The base model; else the default.")] = None,
+    features: Annotated[
+        Literal["tfidf", "model"], typer.Option(help="What a document is known by.")
+    ] = "tfidf",
+    clusters: Annotated[int | None, typer.Option(min=1, help="Default: found out.")] = None,
+    max_clusters: Annotated[int, typer.Option(min=2, help="How far to look.")] = 40,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Find the tasks hidden in your data, and so how many branches they are worth."""
+    from manylora.base import DEFAULT_MODEL
+    from manylora.discovery.command import discover_files, print_found
+    from manylora.discovery.options import DiscoveryOptions
+
+    options = DiscoveryOptions(features=features, clusters=clusters, max_clusters=max_clusters)
+    found = discover_files(data, output, options, model or DEFAULT_MODEL, seed, console)
+    print_found(found, output, Console())
 
 
 @app.command()

@@ -17,15 +17,18 @@ from pathlib import Path
 import psutil
 import torch
 from packaging.requirements import Requirement
+from rich.console import Console
 
 from manylora.base import DEFAULT_MODEL, BaseModelError
 from manylora.base.state import bytes_still_needed, examine_model, local_folder
 from manylora.cache import cache_folder
 from manylora.corpus import Corpus, CorpusError
+from manylora.discovery.show import headline
 from manylora.findings import Finding, print_findings
 from manylora.memory import Estimate, estimate, longest_rows
 from manylora.precision import cpu_has_bf16, resolve_precision
-from manylora.recipe import Recipe
+from manylora.recipe import Recipe, RecipeError
+from manylora.training.clusters import needs_discovery, settle
 
 __all__ = ["Finding", "examine", "print_findings"]
 
@@ -190,9 +193,21 @@ def _settings(recipe: Recipe) -> Iterator[Finding]:
 def _data(recipe: Recipe) -> Iterator[Finding]:
     try:
         corpus = recipe.load_corpus()
-    except CorpusError as error:
+        if needs_discovery(recipe) and not _can_look(recipe):
+            yield Finding(
+                "data",
+                "note",
+                "clusters are not looked for: discovery.features=model reads the rows with the "
+                "base model, which is not here yet",
+            )
+            return
+        settled = settle(recipe, corpus, Console(quiet=True))
+    except (CorpusError, RecipeError, FileNotFoundError) as error:
         yield Finding("data", "problem", str(error))
         return
+    recipe, corpus = settled.recipe, settled.corpus
+    if settled.found is not None:
+        yield Finding("data", "ok", f"{headline(settled.found)} ({settled.found.chosen_by})")
     rows = sum(map(len, corpus.train.values()))
     tasks = len(corpus.tasks)
     yield Finding("data", "ok", f"{recipe.data}: {tasks} task(s), {rows:,} training rows")
@@ -206,6 +221,16 @@ def _data(recipe: Recipe) -> Iterator[Finding]:
             "leave adapter.num_branches out",
         )
     yield from _memory(recipe, corpus)
+
+
+def _can_look(recipe: Recipe) -> bool:
+    """Is what discovery would read here? Nothing is downloaded."""
+    if recipe.discovery.features == "tfidf" or recipe.tasks not in ("named", "discovered"):
+        return True
+    try:
+        return local_folder(recipe.model) is not None
+    except BaseModelError:
+        return False
 
 
 def _memory(recipe: Recipe, corpus: Corpus) -> Iterator[Finding]:

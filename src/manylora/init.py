@@ -20,7 +20,6 @@ from manylora.training.prepare import read_corpus
 _LONGEST_ROWS = 50
 _LENGTHS = (128, 256, 512, 1024, 2048, 4096)
 _TASK_COLUMNS = ("task", "task_name", "category")
-_MOST_TASKS = 64
 
 _TEMPLATE = """\
 # A recipe of manylora. Run it:            manylora train {file}
@@ -34,6 +33,7 @@ model: {model}   # or owner/name@revision, a folder, a .gguf file
 {data}
 {tasks}
 {fields}
+# tasks: discovered              # clusters of alike prompts; or a folder of `manylora discover`
 # on_bad_row: skip               # default refuse: a row that cannot be used stops the run
 mixture: {mixture}   # proportional, balanced, {{temperature: 2}}, {{weights: {{TASK: 1.0}}}}
 max_length: {max_length}   # tokens; {longest}
@@ -42,7 +42,7 @@ max_length: {max_length}   # tokens; {longest}
 adapter:
   method: hydralora              # lora, lora_split, multilora, lora_moe, branch_per_cluster
   r: 8                           # rank of each branch
-  num_branches: 3
+  num_branches: 3                # or auto: as many as the prompts have clusters
   lora_alpha: 16
   lora_dropout: 0.0
 

@@ -27,10 +27,13 @@ from manylora.adapter.config import ManyLoraConfig
 from manylora.base import DEFAULT_MODEL, Dtype, Quantize, pinned
 from manylora.corpus import Corpus, Data, DataOptions, Fields, Mixture, absolute, load_corpus
 from manylora.corpus.store import Count
+from manylora.discovery.options import DiscoveryOptions
 from manylora.train_recipe import EvaluateRecipe, Strict, TrainRecipe
 from manylora.training.optimizer import check_parts
 
 RECIPE_FILE = "recipe.yaml"
+AUTO = "auto"
+TASK_WORDS = ("named", "discovered")
 
 # What a run decides itself, or what only a caller in Python can use.
 _NOT_IN_A_RECIPE = {
@@ -50,6 +53,7 @@ class RecipeError(ValueError):
 def _adapter_fields() -> dict[str, Any]:
     hints = typing.get_type_hints(ManyLoraConfig)
     inherited = typing.get_type_hints(PeftConfig)
+    hints["num_branches"] |= Literal["auto"]
     start = ManyLoraConfig()
     return {
         name: (hint, Field(default_factory=partial(deepcopy, getattr(start, name))))
@@ -62,7 +66,11 @@ AdapterRecipe: Any = create_model("AdapterRecipe", __base__=Strict, **_adapter_f
 
 
 class Recipe(Strict):
-    """A whole run. Paths are relative to the working directory."""
+    """A whole run. Paths are relative to the working directory.
+
+    tasks: those that the data name; "discovered", clusters of the training rows' prompts instead;
+    or the clusters of a folder that `manylora discover` wrote.
+    """
 
     model: str = DEFAULT_MODEL
     dtype: Dtype = "float32"
@@ -70,6 +78,8 @@ class Recipe(Strict):
     start_from: str | None = None
     data: Data
     fields: Fields = Fields()
+    tasks: str = "named"
+    discovery: DiscoveryOptions = DiscoveryOptions()
     on_bad_row: Literal["refuse", "skip"] = "refuse"
     holdout: float = Field(0.1, gt=0, lt=1)
     validation: float = Field(0.0, ge=0, lt=1)
@@ -84,6 +94,7 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
+        self._settle_auto()
         check_parts(self.train, self.config())
         if self.train.evaluate_every is not None and not self.validation:
             raise ValueError(
@@ -91,6 +102,19 @@ class Recipe(Strict):
                 "validation=0.05, the share of the training rows that is kept apart for it"
             )
         return self
+
+    def _settle_auto(self) -> None:
+        """With a one-hot gate `auto` means a branch for each task, as leaving it out does."""
+        values = self.adapter.model_dump()
+        if values["num_branches"] != AUTO:
+            return
+        if values["method"] == "lora" or values["branch_ranks"] is not None:
+            fixed = "method='lora'" if values["method"] == "lora" else "branch_ranks"
+            raise ValueError(
+                f"adapter.num_branches=auto, but {fixed} fixes their number; leave num_branches out"
+            )
+        if self.config().branches_of().gate == "one_hot":
+            self.adapter = self.adapter.model_copy(update={"num_branches": None})
 
     def load_corpus(self, count: Count = lambda rows: None) -> Corpus:
         """Read and split the rows; count is told how many have been read, from time to time."""
@@ -107,13 +131,21 @@ class Recipe(Strict):
     def run(self) -> Path:
         return Path(self.output)
 
+    @property
+    def num_branches(self) -> int | Literal["auto"] | None:
+        found: int | Literal["auto"] | None = self.adapter.model_dump()["num_branches"]
+        return found
+
     def config(self, tasks: int = 1) -> ManyLoraConfig:
         """The adapter's configuration for a corpus of that many tasks.
 
         A learned gate gets a row for each task; a one-hot gate a branch for each, unless the
-        recipe says how many.
+        recipe says how many. `auto` counts as left out until the corpus has been looked at
+        (training/clusters.py).
         """
         values = {**self.adapter.model_dump(), "task_type": "CAUSAL_LM"}
+        if values["num_branches"] == AUTO:
+            values["num_branches"] = None
         if values["gate"] == "task":
             values["num_tasks"] = tasks
         config = ManyLoraConfig(**values)
@@ -126,6 +158,8 @@ class Recipe(Strict):
         """The same recipe with its local paths absolute, so that it means the same anywhere."""
         start = str(Path(self.start_from).resolve()) if self.start_from else None
         update = {"data": absolute(self.data), "model": pinned(self.model), "start_from": start}
+        if self.tasks not in TASK_WORDS:
+            update["tasks"] = str(Path(self.tasks).resolve())
         return self.model_copy(update=update)
 
     def save(self, folder: Path) -> None:
@@ -246,4 +280,5 @@ GROUPS: dict[Any, Any] = {
     "evaluate": EvaluateRecipe,
     "mixture": Mixture,
     "fields": Fields,
+    "discovery": DiscoveryOptions,
 }

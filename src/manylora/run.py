@@ -1,7 +1,8 @@
 """A run folder: what training leaves, and how to read it back.
 
 adapter_config.json, adapter_model.safetensors (and branch_selector.safetensors), recipe.yaml,
-metrics.jsonl, scores.json, routing.json, summary.json, report.html, README.md, checkpoints/.
+metrics.jsonl, scores.json, routing.json, summary.json, report.html, README.md, checkpoints/;
+discovery/, where clusters of prompts are its tasks or gave its number of branches.
 """
 
 from __future__ import annotations

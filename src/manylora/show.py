@@ -18,6 +18,7 @@ from manylora.base import load_tokenizer
 from manylora.corpus import CorpusError, Encoded, Encoder, mixture_table, print_mixture
 from manylora.corpus.readers import files_not_read
 from manylora.recipe import Recipe
+from manylora.training.clusters import settle
 from manylora.training.prepare import fitting, read_corpus
 
 
@@ -28,7 +29,8 @@ def show_data(
 
     row: its number among the task's training rows, from 0. notes: for what is left out.
     """
-    corpus = read_corpus(recipe, notes)
+    settled = settle(recipe, read_corpus(recipe, notes), notes)
+    recipe, corpus = settled.recipe, settled.corpus
     tokenizer = load_tokenizer(recipe.model)
     encoder = Encoder(tokenizer, recipe.max_length)
     train = {name: fitting(name, corpus.train[name], encoder, notes) for name in corpus.tasks}

@@ -32,6 +32,7 @@ from manylora.training.checkpoints import (
     publish_files,
     write_atomically,
 )
+from manylora.training.clusters import KEPT, keep
 from manylora.training.interrupts import Interrupts
 from manylora.training.keeping import errors_tell_what_is_kept, signals_tell_what_is_kept
 from manylora.training.out_of_memory import Batch, StartingPoint, smaller_batch
@@ -73,24 +74,28 @@ def train(recipe: Recipe, console: Console | None = None, resume: bool = False) 
         if not begun:
             refuse_used_folder(run)
         with errors_tell_what_is_kept(run) if begun else nullcontext():
-            prepared = prepare(recipe, console)
+            prepared = prepare(recipe, console, run / KEPT if begun else None)
         with errors_tell_what_is_kept(run):
-            save_recipe(recipe)
+            save_recipe(prepared)
             finish(prepared, console, interrupts)
     return run
 
 
 def train_along(recipe: Recipe) -> None:
     """What a process that is not the first does: train with the others, and write nothing."""
-    quiet = Console(quiet=True)
+    quiet, kept = Console(quiet=True), recipe.run / KEPT
     with Interrupts() as interrupts:
-        fit(prepare(recipe, quiet), quiet, interrupts)
+        fit(prepare(recipe, quiet, kept if kept.is_dir() else None), quiet, interrupts)
 
 
-def save_recipe(recipe: Recipe) -> None:
-    partial = new_partial(recipe.run / RECIPE_FILE)
+def save_recipe(prepared: Prepared) -> None:
+    """Write recipe.yaml, from which on the run has begun, and before it the run's discovery."""
+    recipe, run = prepared.recipe, prepared.recipe.run
+    partial = new_partial(run / RECIPE_FILE)
     recipe.save(partial)
-    publish_files(partial, recipe.run, last=RECIPE_FILE)
+    if prepared.discovery is not None and not (run / KEPT).is_dir():
+        keep(prepared.discovery, partial)
+    publish_files(partial, run, last=RECIPE_FILE)
 
 
 def finish(prepared: Prepared, console: Console, interrupts: Interrupts) -> None:

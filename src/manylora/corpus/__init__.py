@@ -8,7 +8,7 @@ from manylora.corpus.layouts import CorpusError, Example, Fields, Message
 from manylora.corpus.mixture import DrawOrder, Mixture, shares
 from manylora.corpus.origins import Data, absolute, samples_path
 from manylora.corpus.readers import read_examples, task_files
-from manylora.corpus.split import Corpus, DataOptions, load_corpus
+from manylora.corpus.split import Corpus, DataOptions, load_corpus, read_rows
 from manylora.corpus.store import Rows
 from manylora.corpus.table import MixtureRow, mixture_table, print_mixture
 
@@ -36,6 +36,7 @@ __all__ = [
     "mixture_table",
     "print_mixture",
     "read_examples",
+    "read_rows",
     "samples_path",
     "shares",
     "task_files",

@@ -7,7 +7,7 @@ the order of the file does not matter, and the same seed gives the same split.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +38,7 @@ class Corpus:
 
     @property
     def tasks(self) -> list[str]:
-        return sorted(self.train)
+        return list(self.train)
 
 
 @dataclass(frozen=True)
@@ -65,28 +65,51 @@ def load_corpus(
     Raises CorpusError naming the first unusable rows, unless they are to be skipped.
     """
     options = options or DataOptions()
-    kept, apart = train_and_test(data)
-    store = _read(kept, options, count)
-    skipped, shown, unread, content = store.bad, store.bad_shown, store.unread, store.content
-    train = {task: Rows(store, store.rows_of(task)) for task in sorted(store.tasks)}
-    test: dict[str, Rows] = {}
-    if apart:
-        held = _read(apart, options, count)
-        skipped, shown = skipped + held.bad, (shown + held.bad_shown)[:SHOWN]
-        unread, content = {**unread, **held.unread}, f"{content} {held.content}"
-        for task in sorted(held.tasks):
-            if task not in train:
-                raise CorpusError(
-                    f"{apart[0].where}: task {task!r} is not in the training rows, which have "
-                    f"{', '.join(train)}. Add training rows of it or remove the test rows."
-                )
-            test[task] = Rows(held, held.rows_of(task))
-    else:
+    corpus = read_rows(data, options, count)
+    train, test, validation = corpus.train, corpus.test, corpus.validation
+    if not test:
         train, test = _split_all(train, options.holdout, f"{options.seed}:test")
-    validation: dict[str, Rows] = {}
     if options.validation:
         train, validation = _split_all(train, options.validation, f"{options.seed}:validation")
-    return Corpus(train, test, validation, content, skipped, tuple(shown), unread)
+    return replace(corpus, train=train, test=test, validation=validation)
+
+
+def read_rows(
+    data: Data | Path, options: DataOptions | None = None, count: Count = lambda rows: None
+) -> Corpus:
+    """As `load_corpus`, but nothing is split: all rows are in `train`, or those of a test/ that the
+    data have in `test`."""
+    options = options or DataOptions()
+    kept, apart = train_and_test(data)
+    store = _read(kept, options, count)
+    train = {task: Rows(store, store.rows_of(task)) for task in sorted(store.tasks)}
+    corpus = Corpus(
+        train,
+        test={},
+        content=store.content,
+        skipped=store.bad,
+        skipped_shown=tuple(store.bad_shown),
+        unread=store.unread,
+    )
+    return _with_test(corpus, apart, _read(apart, options, count)) if apart else corpus
+
+
+def _with_test(corpus: Corpus, parts: list[Part], held: Store) -> Corpus:
+    """The corpus with the held-out rows that the data have themselves."""
+    for task in sorted(held.tasks):
+        if task not in corpus.train:
+            raise CorpusError(
+                f"{parts[0].where}: task {task!r} is not in the training rows, which have "
+                f"{', '.join(corpus.train)}. Add training rows of it or remove the test rows."
+            )
+    return replace(
+        corpus,
+        test={task: Rows(held, held.rows_of(task)) for task in sorted(held.tasks)},
+        content=f"{corpus.content} {held.content}",
+        skipped=corpus.skipped + held.bad,
+        skipped_shown=(*corpus.skipped_shown, *held.bad_shown)[:SHOWN],
+        unread={**corpus.unread, **held.unread},
+    )
 
 
 def _read(parts: list[Part], options: DataOptions, count: Count) -> Store:

@@ -14,6 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -79,10 +80,15 @@ class Store:
 
 
 class Rows(Sequence[Example]):
-    """Some rows of one task; each is read when it is asked for."""
+    """Some rows of one task; each is read when it is asked for.
 
-    def __init__(self, store: Store, numbers: npt.NDArray[np.uint32]) -> None:
-        self.store, self.numbers = store, numbers
+    task: what they are filed under, where that is not the task that the store names.
+    """
+
+    def __init__(
+        self, store: Store, numbers: npt.NDArray[np.uint32], task: str | None = None
+    ) -> None:
+        self.store, self.numbers, self.task = store, numbers, task
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -93,12 +99,13 @@ class Rows(Sequence[Example]):
     def __getitem__(self, place: slice) -> Rows: ...
     def __getitem__(self, place: int | slice) -> Example | Rows:
         if isinstance(place, slice):
-            return Rows(self.store, self.numbers[place])
-        return self.store.example(int(self.numbers[place]))
+            return Rows(self.store, self.numbers[place], self.task)
+        example = self.store.example(int(self.numbers[place]))
+        return example if self.task is None else replace(example, task=self.task)
 
     def at(self, places: npt.NDArray[Any]) -> Rows:
         """The rows at these places."""
-        return Rows(self.store, self.numbers[places])
+        return Rows(self.store, self.numbers[places], self.task)
 
     def spread(self, count: int) -> Rows:
         """At most so many rows, evenly over all of them."""
@@ -115,6 +122,12 @@ class Rows(Sequence[Example]):
     def turns(self) -> npt.NDArray[np.int64]:
         """Messages of each row."""
         return self.store.column("turns", self.numbers).astype(np.int64)
+
+    @property
+    def sources(self) -> list[str]:
+        """Where each row stands, as "file.jsonl:17"."""
+        found: list[str] = self.store.table.column("source").take(self.numbers).to_pylist()
+        return found
 
     @property
     def keys(self) -> npt.NDArray[np.uint64]:
@@ -140,7 +153,7 @@ def open_store(
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):
             if not (folder / "meta.json").is_file():
-                _forget_old(folder.parent)
+                forget_old(folder.parent)
                 _build(folder, found(), count, {} if unread is None else unread)
             os.utime(folder)
     except OSError as error:
@@ -216,8 +229,8 @@ class _Intake:
         )
 
 
-def _forget_old(folder: Path) -> None:
-    """Stores that nobody has opened for a month."""
+def forget_old(folder: Path) -> None:
+    """Remove the folders in it that nobody has opened for a month."""
     limit = time.time() - _DAYS_KEPT * 86400
     for old in folder.iterdir():
         if old.is_dir() and old.stat().st_mtime < limit:

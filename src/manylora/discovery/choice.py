@@ -70,11 +70,10 @@ def _log_elbow(curve: Sequence[Candidate]) -> Criterion:
 
 def _elbow(curve: Sequence[Candidate]) -> Criterion:
     if len(curve) < 3:
-        return Criterion(name="elbow", k=len(curve), note="too few different documents for a curve")
+        return Criterion(name="elbow", k=len(curve), note="no curve of three points")
     found = _knee(curve, [c.sse for c in curve])
-    if found is None:
-        return Criterion(name="elbow", k=1, note="the curve does not turn")
-    return Criterion(name="elbow", k=found, note=f"of the SSE curve up to {curve[-1].k}")
+    turn = "of the SSE curve" if found else "the SSE curve does not turn"
+    return Criterion(name="elbow", k=found, note=f"{turn} up to {curve[-1].k}")
 
 
 def _knee(curve: Sequence[Candidate], values: Sequence[float]) -> int | None:

@@ -13,6 +13,7 @@ measure of heterogeneity, so this one is ours.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -25,11 +26,14 @@ from manylora.discovery.space import Embedding, Rows, Space
 BEYOND_CHANCE = 0.1
 APART = 0.22
 _ROWS = 2000
+# Thai to Khmer, kana and ideographs are written without spaces: each sign counts as a word.
+_UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u9fff"
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\s{_UNSPACED}]+")
 
 
 def shuffled(texts: Sequence[str], seed: int) -> list[str]:
     """Texts of the same lengths, from the same words in random order."""
-    words = [text.split() for text in texts]
+    words = [_WORD.findall(text) for text in texts]
     pool = np.array([word for text in words for word in text], dtype=object)
     np.random.default_rng(seed).shuffle(pool)
     ends = np.cumsum([len(text) for text in words])

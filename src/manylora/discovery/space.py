@@ -28,8 +28,8 @@ Told = Callable[[int], None]
 
 DIMENSIONS = 50
 PULL = 4.0
-_AT_ONCE = 5000
-_MANY = 40_000
+_AT_ONCE = 20_000
+_MANY = 200_000
 
 
 class Embedding(Protocol):
@@ -75,10 +75,11 @@ class Tfidf:
                 dtype=np.float32,
             ),
         ]
-        counts = hstack([view.fit_transform(contents) for view in self.views]).tocsr()
+        counts = hstack([_fitted(view, contents) for view in self.views]).tocsr()
         most = min(counts.shape) - 1
         self.svd = TruncatedSVD(min(DIMENSIONS, max(most, 1)), random_state=self.seed)
-        return unit(self.svd.fit_transform(counts))
+        with np.errstate(invalid="ignore"):  # of the share of no variance, where all are equal
+            return unit(self.svd.fit_transform(counts))
 
     def rows(self, contents: Sequence[str]) -> Rows:
         counts = hstack([view.transform(contents) for view in self.views]).tocsr()
@@ -87,13 +88,21 @@ class Tfidf:
     @property
     def about(self) -> dict[str, Any]:
         words, grams = (len(view.vocabulary_) for view in self.views)
+        kept = float(np.nan_to_num(self.svd.explained_variance_ratio_.sum()))
         return {
             "features": "TF-IDF",
             "words": words,
             "character n-grams": grams,
             "dimensions": int(self.svd.n_components),
-            "variance kept": round(float(self.svd.explained_variance_ratio_.sum()), 3),
+            "variance kept": round(kept, 3),
         }
+
+
+def _fitted(view: TfidfVectorizer, contents: Sequence[str]) -> Any:
+    try:
+        return view.fit_transform(contents)
+    except ValueError:  # nothing is in two documents, as with words of a script without spaces
+        return view.set_params(min_df=1).fit_transform(contents)
 
 
 class Space:

@@ -15,6 +15,7 @@ from manylora.inspect.routing import RoutingMeter, write_routing
 from manylora.precision import autocast
 from manylora.recipe import Recipe
 from manylora.run import config_of, load, recipe_of
+from manylora.training.clusters import KEPT, settle
 from manylora.training.validation import eval_mode
 
 
@@ -80,7 +81,7 @@ class Scorer:
 def evaluate_run(run: Path, console: Console) -> None:
     """Score a finished run again, from its folder alone; rewrites scores.json and routing.json."""
     recipe = recipe_of(run)
-    corpus = recipe.load_corpus()
+    corpus = settle(recipe, recipe.load_corpus(), console, run / KEPT).corpus
     model, tokenizer = load(run)
     selector = config_of(model).branch_selector
     ids = corpus.tasks if selector is None else selector.names

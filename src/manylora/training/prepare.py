@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,13 +18,16 @@ from manylora.corpus import (
     Corpus,
     CorpusError,
     Encoder,
+    Example,
     MixtureRow,
     Rows,
     TooLongError,
     mixture_table,
     print_mixture,
 )
+from manylora.corpus.store import Count
 from manylora.recipe import Recipe
+from manylora.training.clusters import settle
 from manylora.training.packing import check_packing
 from manylora.training.start import (
     Start,
@@ -43,7 +47,8 @@ class Prepared:
     """Everything a run trains with, loaded and checked.
 
     tasks: names in the order of their ids; those that only `start_from` knows have no rows.
-    train, validation: rows that fit max_length, by task.
+    train, validation: rows that fit max_length, by task. discovery: the folder of the one behind
+    its clusters or its number of branches.
     """
 
     recipe: Recipe
@@ -55,14 +60,18 @@ class Prepared:
     train: dict[str, Rows]
     validation: dict[str, Rows]
     mixture: list[MixtureRow]
+    discovery: Path | None = None
 
 
-def prepare(recipe: Recipe, console: Console) -> Prepared:
+def prepare(recipe: Recipe, console: Console, kept: Path | None = None) -> Prepared:
     """Read the corpus, load the base model and attach the adapter.
+
+    kept: the discovery of a run that has begun, which goes on with its clusters.
 
     Raises CorpusError, BaseModelError or ValueError before anything is written.
     """
-    corpus = read_corpus(recipe, console)
+    settled = settle(recipe, read_corpus(recipe, console), console, kept)
+    recipe, corpus = settled.recipe, settled.corpus
     tokenizer = load_tokenizer(recipe.model)
     encoder = Encoder(tokenizer, recipe.max_length)
     train = {task: fitting(task, rows, encoder, console) for task, rows in corpus.train.items()}
@@ -97,13 +106,29 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
             console.print(warning, style="yellow", markup=False)
     if torch.cuda.is_available() and recipe.quantize is None:
         model.to("cuda")
-    return Prepared(recipe, corpus, tokenizer, encoder, model, tasks, train, validation, mixture)
+    return Prepared(
+        recipe,
+        corpus,
+        tokenizer,
+        encoder,
+        model,
+        tasks,
+        train,
+        validation,
+        mixture,
+        settled.folder,
+    )
 
 
 def read_corpus(recipe: Recipe, console: Console) -> Corpus:
     """Read the recipe's rows, telling how far it is and what was left out."""
+    return reading(recipe.load_corpus, console)
+
+
+def reading(read: Callable[[Count], Corpus], console: Console) -> Corpus:
+    """Read rows, telling how far it is and what was left out."""
     with console.status("reading the data") as status:
-        corpus = recipe.load_corpus(lambda rows: status.update(f"{rows:,} rows read"))
+        corpus = read(lambda rows: status.update(f"{rows:,} rows read"))
     if corpus.skipped:
         said = f"{corpus.skipped:,} rows cannot be used and are left out (on_bad_row=skip):"
         console.print(
@@ -145,13 +170,28 @@ def fit_selector(
     train: dict[str, Rows], tasks: list[str], encoder: Encoder, start: Start | None
 ) -> BranchSelector:
     """Learn which task a prompt belongs to, from training prompts spread over each task."""
-    prompts: list[list[int]] = []
-    owners: list[int] = []
-    for task, rows in train.items():
-        some = rows.spread(max(50, _PROMPTS_TO_FIT // len(train)))
-        for item in encoder.split_too_long(some)[0]:
-            prompts.append(item.input_ids[: item.prompt_length])
-            owners.append(tasks.index(task))
+    spread = {
+        tasks.index(task): rows.spread(prompts_of_each(len(train))) for task, rows in train.items()
+    }
+    prompts, owners = prompts_of(spread, encoder)
     if start is not None:
         return selector_for(start, prompts, owners, tasks)
     return BranchSelector.fit(prompts, owners, tasks)
+
+
+def prompts_of_each(branches: int) -> int:
+    """From how many prompts a selector learns each branch."""
+    return max(50, _PROMPTS_TO_FIT // branches)
+
+
+def prompts_of(
+    examples: Mapping[int, Iterable[Example]], encoder: Encoder
+) -> tuple[list[list[int]], list[int]]:
+    """(token ids of each prompt, its branch), of the examples of each branch that fit."""
+    prompts: list[list[int]] = []
+    owners: list[int] = []
+    for branch, own in examples.items():
+        for item in encoder.split_too_long(own)[0]:
+            prompts.append(item.input_ids[: item.prompt_length])
+            owners.append(branch)
+    return prompts, owners

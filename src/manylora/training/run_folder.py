@@ -12,9 +12,19 @@ from typing import Any
 
 from rich.console import Console
 
+from manylora.discovery.result import read_discovery
 from manylora.recipe import RECIPE_FILE, Recipe, load_recipe
 from manylora.run import is_finished
-from manylora.training.checkpoints import CHECKPOINTS, last_checkpoint, partials, step_of, sweep
+from manylora.training.checkpoints import (
+    CHECKPOINTS,
+    last_checkpoint,
+    partial_of,
+    partials,
+    remove_folder,
+    step_of,
+    sweep,
+)
+from manylora.training.clusters import KEPT, with_branches
 
 # What a resumed run may change: it moves neither the weights nor the scores.
 FREE: dict[str, Any] = {
@@ -74,12 +84,16 @@ def run_folder(run: Path) -> Iterator[None]:
 def refuse_used_folder(run: Path) -> None:
     """A new run starts in an empty folder; what a killed start left there does not count."""
     unfinished = partials(run)
+    if partial_of(run / RECIPE_FILE) in unfinished:
+        unfinished.append(run / KEPT)  # it gets its name just before recipe.yaml does
     if set(run.iterdir()) - set(unfinished):
         begun = f"; to go on with the run in it: manylora train {run} --resume"
         raise FileExistsError(
             f"the run folder {run} is not empty; choose another with output=FOLDER, or remove it"
             + (begun if (run / RECIPE_FILE).is_file() and not is_finished(run) else "")
         )
+    if (run / KEPT).is_dir():
+        remove_folder(run / KEPT)
     sweep(run)
 
 
@@ -97,6 +111,8 @@ def is_begun(recipe: Recipe, console: Console) -> bool:
             f"{run} is finished; to train it further, start a new run from it: "
             f"manylora train {run} start_from={run} output=NEW_FOLDER train.epochs=3"
         )
+    if (run / KEPT).is_dir():
+        recipe = with_branches(recipe, read_discovery(run / KEPT))
     if load_recipe(run).model_dump(exclude=FREE) != recipe.model_dump(exclude=FREE):
         raise ValueError(
             f"the recipe is not the one that {run} was started with, so it cannot be "
