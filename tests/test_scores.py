@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -14,8 +17,9 @@ from manylora.base import load_model, load_tokenizer
 from manylora.corpus import Corpus, DataOptions, Encoder, Example, load_corpus
 from manylora.evaluate.answers import Question, generate_answers, score_answers
 from manylora.evaluate.held_out import evaluate_run
-from manylora.evaluate.scores import closed_answers, held_out, interval, score_tasks, token_f1
-from manylora.evaluate.table import verdict
+from manylora.evaluate.scores import closed_answers, held_out, interval, score_tasks
+from manylora.evaluate.table import METRIC_TITLES, print_scores, verdict
+from manylora.evaluate.text import bleu, is_text, rouge_l, text_scores, token_f1
 from manylora.inspect.routing import RoutingMeter
 from manylora.recipe import Recipe
 from manylora.train import train
@@ -124,6 +128,109 @@ def test_closed_answers_need_few_repeated_ones_that_cover_the_test_rows() -> Non
 )
 def test_token_f1(answer: str, reference: str, expected: float) -> None:
     assert token_f1(answer, reference) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "expected"),
+    [
+        ("the cat was under the bed", "the cat was found under the bed", 12 / 13),
+        ("d c b a", "a b c d", 0.25),
+        ("The CAT, sat!", "the cat sat", 1.0),
+        ("running", "run", 0.0),
+        ("кот спал здесь", "кот не спал", 2 / 3),
+        ("", "a", 0.0),
+        ("", "", 1.0),
+    ],
+)
+def test_rouge_l_is_the_f1_of_the_longest_common_subsequence(
+    answer: str, reference: str, expected: float
+) -> None:
+    assert rouge_l([answer], [reference]) == [pytest.approx(expected)]
+
+
+def test_rouge_l_of_english_is_that_of_rouge_score() -> None:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    pairs = [("It's a well-known fact: 3.5 of 10", "It is well known: 3 of ten!"), ("a_b c", "A b")]
+    for answer, reference in pairs:
+        theirs = RougeScorer(["rougeL"]).score(reference, answer)["rougeL"].fmeasure
+        assert rouge_l([answer], [reference]) == [theirs]
+        assert 0 < theirs < 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "expected"),
+    [
+        # precisions of 1 to 4 words; no brevity penalty
+        ("the cat sat on the mat", "the cat sat on a mat", (5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25),
+        ("the cat sat on", "the cat sat on a mat", math.exp(1 - 6 / 4)),
+        ("hello there", "hello there", 1.0),
+        ("Hello there", "hello there", (1 / 2 * 1 / 2) ** 0.5),  # cased; the 2-gram smoothed
+        ("end.", "end .", 1.0),  # 13a splits off punctuation
+        ("x y", "a b", 0.0),
+        ("", "a", 0.0),
+        ("", "", 1.0),
+    ],
+)
+def test_bleu_is_smoothed_sentence_bleu(answer: str, reference: str, expected: float) -> None:
+    assert bleu([answer], [reference]) == [pytest.approx(expected, abs=1e-9)]
+
+
+def test_answers_are_text_when_half_of_them_have_three_words() -> None:
+    assert is_text(["one two three", "one", "and so on"])
+    assert not is_text(["one two three", "one", "two"])
+    assert set(text_scores(["a"], ["b"])) == {"token_f1"}
+    scores = text_scores(["one two three", "x"], ["one two three", "four five six"])
+    assert scores == {metric: [1.0, 0.0] for metric in ("token_f1", "rouge_l", "bleu")}
+
+
+@pytest.mark.parametrize(
+    ("answers", "metrics"),
+    [
+        ("red green blue", {"token_f1", "rouge_l", "bleu"}),
+        ("red", {"token_f1"}),
+    ],
+)
+def test_an_open_tasks_answers_are_written_once_and_scored_in_every_way(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, answers: str, metrics: set[str]
+) -> None:
+    """A model that writes the right answer to every row but the first, where it writes nothing."""
+    from manylora.evaluate import scores as module
+
+    tokenizer = load_tokenizer(str(tiny_folder))
+    rows = [example(i, f"{answers}{i}") for i in range(4)]
+    tasks, _ = held_out(Corpus({"t": rows}, {"t": rows}), Encoder(tokenizer, 200), 20)
+    calls = []
+
+    def write(_: object, prompts: list[list[int]], *rest: object) -> list[list[int]]:
+        calls.append(len(prompts))
+        right = [tokenizer.encode(row.output, add_special_tokens=False) for row in rows]
+        return [[], *right[1:]]
+
+    monkeypatch.setattr(module, "generate_answers", write)
+    model = load_model(str(tiny_folder))
+    result = score_tasks(model, tokenizer, tasks, ["t"])["t"]
+    assert calls == [4]
+    assert set(result) == {"nll", "exact_match"} | metrics
+    decoded = tokenizer.decode(tokenizer.encode(rows[1].output, add_special_tokens=False))
+    assert decoded == rows[1].output
+    for metric in metrics:
+        assert result[metric][0] == pytest.approx(0.75)
+
+
+def test_the_table_and_the_page_show_every_metric_by_its_name(tmp_path: Path) -> None:
+    from manylora.report.files import Scores, TaskScores
+    from manylora.report.page import metric_views
+
+    values = {metric: [0.5, 0.4, 0.6] for metric in METRIC_TITLES}
+    task = {"n": 9, "before": values, "after": values}
+    (tmp_path / "scores.json").write_text(json.dumps({"tasks": {"t": task}}))
+    printed = StringIO()
+    print_scores(tmp_path, Console(file=printed, width=120))
+    titles = [view.title for view in metric_views(Scores(tasks={"t": TaskScores(**task)}))]
+    assert titles == list(METRIC_TITLES.values())
+    assert {"ROUGE-L", "BLEU, 0 to 1"} < set(titles)
+    assert all(title in printed.getvalue() for title in titles)
 
 
 def test_interval_is_the_percentile_bootstrap_of_the_mean() -> None:

@@ -5,8 +5,9 @@
     exact_match      greedy decoding writes exactly the answer's tokens and stops
     choice_accuracy  the right answer is the likeliest of the task's answers, where it has a closed
                      set of them (at most 20, each seen 4 times in training on average)
-    token_f1         overlap of white-space tokens of the generated and the right answer, lower
-                     case (SQuAD's F1 without its article and punctuation rules); open tasks
+    token_f1         overlap of the words of the generated and the right answer; open tasks
+    rouge_l, bleu    of the same generated answer, where a task's answers are text: half of them
+                     have three words or more (text.py says how each is counted)
 
 Intervals are percentile bootstraps over a task's rows (2,000 resamples, seeded).
 """
@@ -14,7 +15,6 @@ Intervals are percentile bootstraps over a task's rows (2,000 resamples, seeded)
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from manylora.corpus import Corpus, Encoded, Encoder, Example, Message
 from manylora.evaluate.answers import Model, Question, generate_answers, score_answers
+from manylora.evaluate.text import text_scores
 from manylora.inspect.routing import RoutingMeter
 from manylora.training.checkpoints import write_atomically
 
@@ -106,9 +107,8 @@ def score_tasks(
                 for found, best in zip(scores, right, strict=True)
             ]
         elif generate:
-            values["token_f1"] = _generated_f1(
-                model, tokenizer, task, batch_size, task_id if use_ids else None
-            )
+            written = _written(model, tokenizer, task, batch_size, task_id if use_ids else None)
+            values |= text_scores(written, [example.output for example in task.examples])
         result[task.name] = {metric: interval(value) for metric, value in values.items()}
     return result
 
@@ -135,13 +135,14 @@ def _answer(example: Example, answer: str, tokenizer: PreTrainedTokenizerBase) -
     return encoded.input_ids[encoded.prompt_length :]
 
 
-def _generated_f1(
+def _written(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
     task: HeldOut,
     batch_size: int,
     task_id: int | None,
-) -> list[float]:
+) -> list[str]:
+    """The model's own answer to each row."""
     prompts = [item.input_ids[: item.prompt_length] for item in task.encoded]
     limit = 2 * max(len(item.input_ids) - item.prompt_length for item in task.encoded)
     ends = sorted({item.input_ids[-1] for item in task.encoded} | {int(tokenizer.eos_token_id)})
@@ -149,19 +150,7 @@ def _generated_f1(
     answers = generate_answers(
         model, prompts, int(tokenizer.pad_token_id), ends, limit, batch_size, ids
     )
-    texts = [str(tokenizer.decode(answer, skip_special_tokens=True)) for answer in answers]
-    return [
-        token_f1(text, example.output) for text, example in zip(texts, task.examples, strict=True)
-    ]
-
-
-def token_f1(answer: str, reference: str) -> float:
-    """F1 of the white-space tokens of two texts, lower case; 1 when both are empty."""
-    ours, theirs = answer.lower().split(), reference.lower().split()
-    if not ours or not theirs:
-        return float(ours == theirs)
-    common = sum((Counter(ours) & Counter(theirs)).values())
-    return 2 * common / (len(ours) + len(theirs))
+    return [str(tokenizer.decode(answer, skip_special_tokens=True)) for answer in answers]
 
 
 def interval(values: Sequence[float]) -> Interval:

@@ -18,6 +18,8 @@ METRIC_TITLES = {
     "exact_match": "exact match",
     "choice_accuracy": "choice accuracy",
     "token_f1": "token F1",
+    "rouge_l": "ROUGE-L",
+    "bleu": "BLEU, 0 to 1",
 }
 LOWER_IS_BETTER = {"nll"}
 HEADINGS: dict[str, Literal["left", "right"]] = {
