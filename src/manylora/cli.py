@@ -83,7 +83,7 @@ def discover(
         Literal["tfidf", "model"], typer.Option(help="What a document is known by.")
     ] = "tfidf",
     clusters: Annotated[int | None, typer.Option(min=1, help="Default: found out.")] = None,
-    max_clusters: Annotated[int, typer.Option(min=2, help="How far to look.")] = 40,
+    max_clusters: Annotated[int, typer.Option(min=2, help="How far to look.")] = 32,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Find the tasks hidden in your data, and so how many branches they are worth."""
