@@ -77,7 +77,7 @@ def _advice(k: int, several: bool, apart: float | None) -> str:
     stand = "" if apart is None else f" (silhouette {apart:.2f}; {APART:g} or more counts as apart)"
     if several:
         return (
-            f"the corpus falls into parts beyond chance{stand}: {k} branches are worth a try, "
-            "measured against one LoRA of the same size"
+            f"The corpus falls into parts beyond chance{stand}: {k} branches are worth a try, "
+            "measured against one LoRA of the same size."
         )
-    return f"the corpus hardly falls into parts{stand}: one branch is likely enough"
+    return f"The corpus hardly falls into parts{stand}: one branch is likely enough."

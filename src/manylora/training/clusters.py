@@ -120,7 +120,7 @@ def _folder(recipe: Recipe, corpus: Corpus, console: Console, kept: Path | None)
 
 def _tell(found: Discovery, recipe: Recipe, whole: Recipe, console: Console) -> None:
     """How many clusters and why; how many branches."""
-    said = [f"{headline(found)} ({found.chosen_by}): {found.heterogeneity.advice}."]
+    said = [f"{headline(found)} ({found.chosen_by}). {found.heterogeneity.advice}"]
     if recipe.num_branches == AUTO:
         said.append(f"num_branches: {whole.num_branches}.")
     console.print(" ".join(said), markup=False, highlight=False, soft_wrap=True)
