@@ -118,15 +118,56 @@ def train(
 
 
 @app.command("eval")
-def evaluate(run: RunFolder) -> None:
-    """Score a run on its held-out rows again; rewrites scores.json and report.html."""
-    from manylora.evaluate.held_out import evaluate_run
-    from manylora.evaluate.table import print_scores
-    from manylora.report.page import write_report
+def evaluate(
+    run: RunFolder,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Benchmarks: mmlu,gsm8k_cot,bbh,humaneval,super_glue, or lm-eval's."),
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Their files; else rows come from the hub.")
+    ] = None,
+    shots: Annotated[
+        int | None, typer.Option(min=0, help="Examples shown; default: the benchmark's own.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only the first so many rows of each task.")
+    ] = None,
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code", help="Run programs that the model writes.")
+    ] = False,
+    samples: Annotated[
+        int, typer.Option(min=1, help="Programs a problem of humaneval; 10 gives pass@10.")
+    ] = 1,
+    task: Annotated[str | None, typer.Option(help="The task whose branch answers.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Of benchmarks.")] = 16,
+) -> None:
+    """Score a run on its held-out rows again, or with --tasks on benchmarks."""
+    if tasks is None:
+        from manylora.evaluate.held_out import evaluate_run
+        from manylora.evaluate.table import print_scores
+        from manylora.report.page import write_report
 
-    evaluate_run(run, console)
-    write_report(run)
-    print_scores(run, Console())
+        evaluate_run(run, console)
+        write_report(run)
+        print_scores(run, Console())
+        return
+    from manylora.evaluate.harness.run import evaluate_benchmarks, print_benchmarks
+
+    results = evaluate_benchmarks(
+        run,
+        [name.strip() for name in tasks.split(",") if name.strip()],
+        console,
+        data_dir=data_dir,
+        shots=shots,
+        limit=limit,
+        batch_size=batch_size,
+        allow_code=allow_code,
+        samples=samples,
+        task=task,
+    )
+    print_benchmarks(results, Console())
+    console.print(f"{run}: benchmarks.json, benchmarks.parquet", highlight=False)
 
 
 @app.command()
