@@ -72,14 +72,13 @@ def write_summary(
     """summary.json: what was trained, on what, for how long."""
     trained, total = model.get_nb_trainable_parameters()
     device = model.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     summary = {
         "method": config_of(model).method,
         "model": recipe.model,
         "trainable_parameters": trained,
         "total_parameters": total,
         "train_rows": sum(row["rows"] for row in mixture),
-        "device": name,
+        "device": device_name(device),
         "peak_memory_bytes": peak_memory(device),
         "versions": {"manylora": __version__, **{name: version(name) for name in PACKAGES}},
         "mixture": list(mixture),
@@ -95,7 +94,10 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _cpu_name() -> str:
+def device_name(device: torch.device) -> str:
+    """What ran it, for people: the GPU's name, or the CPU's and how many threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     name = str(torch.cpu.get_capabilities().get("cpu_name") or "CPU").strip()
     return f"{name}, {torch.get_num_threads()} threads"
 

@@ -1,0 +1,206 @@
+"""`manylora compare`: the grid run, and what it says."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from rich.console import Console
+
+from manylora.base import load_model
+from manylora.comparison.cell import Ground, prepare_ground
+from manylora.comparison.contenders import Contender, contenders
+from manylora.comparison.grid import Grid
+from manylora.comparison.intervals import differences, summarise
+from manylora.comparison.result import (
+    COMPARISON_FILE,
+    ROWS_FILE,
+    Comparison,
+    MethodInfo,
+)
+from manylora.comparison.rows import Scores
+from manylora.comparison.store import CellStore
+from manylora.comparison.tables import markdown
+from manylora.comparison.verdict import verdict
+from manylora.energy import require_codecarbon
+from manylora.recipe import Recipe
+from manylora.report.comparison import write_comparison_page
+from manylora.run import device_name
+from manylora.training.checkpoints import write_atomically
+
+PAGE_FILE, TABLES_FILE = "comparison.html", "comparison.md"
+
+
+def compare(
+    recipe: Recipe,
+    methods: Sequence[str],
+    budget: str,
+    seeds: int,
+    rate: float | None,
+    output: Path,
+    parallel: int,
+    console: Console,
+    energy: bool = False,
+) -> Comparison:
+    """Run what of the comparison has not been run, and write what it says to `output`.
+
+    Args:
+        recipe: the data, the base model and how to train; its adapter gives what all methods
+            share (target modules).
+        methods: names as in contenders.py; the first is the reference.
+        budget: "lora:r=16" or a number of parameters, which no method exceeds.
+        seeds: runs of each method at its rate.
+        rate: one learning rate for all; None tunes it for each.
+        parallel: runs side by side; 0 finds out.
+        energy: measure each run's with CodeCarbon.
+
+    Raises ValueError for methods or a budget that cannot be, CorpusError for the data.
+    """
+    if seeds < 1:
+        raise ValueError(f"seeds={seeds}: at least one run of each method is needed")
+    if energy:
+        require_codecarbon()
+    ground = prepare_ground(recipe.resolved(), console)
+    base = load_model(recipe.model, recipe.dtype, recipe.quantize)
+    adapter = recipe.adapter.model_dump(exclude_unset=True)
+    params, found = contenders(methods, budget, base, len(ground.tasks), adapter)
+    del base
+    for contender in found:
+        console.print(
+            f"{contender.label}: {contender.params:,} parameters. {contender.note}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    grid = Grid(ground, CellStore(output), console, parallel, energy)
+    rates = grid.run(found, seeds, rate)
+    comparison = _said(ground, grid, found, rates, budget, params, seeds)
+    write(comparison, grid.store.rows(list(grid.keys.values())), output)
+    return comparison
+
+
+def rate_of(text: str) -> float | None:
+    """One rate for all methods; None for "auto"."""
+    if text == "auto":
+        return None
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate < math.inf:
+        raise ValueError(f"lr={text!r}: give a learning rate above 0, as 1e-3, or auto")
+    return rate
+
+
+def write(comparison: Comparison, rows: pa.Table, output: Path) -> None:
+    """comparison.json, its rows, the page and the tables."""
+    pq.write_table(rows, output / ROWS_FILE, compression="zstd")
+    write_atomically(output / COMPARISON_FILE, comparison.model_dump_json(indent=1))
+    write_comparison_page(comparison, output / PAGE_FILE)
+    write_atomically(output / TABLES_FILE, markdown(comparison))
+
+
+def _said(
+    ground: Ground,
+    grid: Grid,
+    found: Sequence[Contender],
+    rates: dict[str, float],
+    budget: str,
+    params: int,
+    seeds: int,
+) -> Comparison:
+    tests = {cell: key for cell, key in grid.keys.items() if cell.stage == "test"}
+    scores = Scores.of(grid.store.rows(list(tests.values())))
+    reference = found[0].name
+    infos = [_info(grid, contender, rates[contender.name], params) for contender in found]
+    apart = [
+        difference
+        for metric in ("nll", "correct")
+        for difference in differences(scores, reference, metric)
+    ]
+    summaries = summarise(scores)
+    return Comparison(
+        command=shlex.join(["manylora", *sys.argv[1:]]),
+        budget=budget,
+        budget_params=params,
+        reference=reference,
+        seeds=seeds,
+        methods=infos,
+        scores=summaries,
+        differences=apart,
+        verdict=verdict(reference, infos, summaries, apart),
+        settings=_settings(ground, grid),
+        device=device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+    )
+
+
+def _info(grid: Grid, contender: Contender, rate: float, budget: int) -> MethodInfo:
+    points = grid.rates(contender)
+    tried = [point.lr for point in points]
+    own = [
+        grid.store.summary(key) or {}
+        for cell, key in grid.keys.items()
+        if cell.contender is contender and cell.stage == "test"
+    ]
+    return MethodInfo(
+        name=contender.name,
+        label=contender.label,
+        params=contender.params,
+        budget_share=contender.params / budget,
+        note=contender.note,
+        rates=points,
+        best_lr=rate,
+        at_edge=bool(tried) and rate in (min(tried), max(tried)),
+        seconds=sum(summary["train_seconds"] for summary in own) / len(own),
+        energy_kwh=_mean_energy(own),
+        peak_memory_bytes=max(summary["peak_memory_bytes"] for summary in own),
+    )
+
+
+def _mean_energy(summaries: Sequence[dict[str, Any]]) -> dict[str, float] | None:
+    """Of the runs whose energy was measured."""
+    measured = [summary["energy"]["kwh"] for summary in summaries if summary["energy"]]
+    if not measured:
+        return None
+    return {part: sum(one[part] for one in measured) / len(measured) for part in measured[0]}
+
+
+def _how_energy(grid: Grid) -> str:
+    """What is measured and what estimated, as the first run says it."""
+    found = (grid.store.summary(key) for key in grid.keys.values())
+    energy = next((one["energy"] for one in found if one and one["energy"]), None)
+    if energy is None:
+        return "not measured"
+    parts = [
+        f"{part} {'measured' if energy['measured'][part] else 'estimated'} ({how}; {covers})"
+        for part, how, covers in zip(
+            energy["how"], energy["how"].values(), energy["covers"].values(), strict=True
+        )
+    ]
+    beside = f"; {energy['parallel']} runs side by side" if energy["parallel"] > 1 else ""
+    return ", ".join(parts) + beside
+
+
+def _settings(ground: Ground, grid: Grid) -> dict[str, Any]:
+    recipe = ground.recipe
+    return {
+        "model": recipe.model,
+        "data": str(recipe.data),
+        "training rows": sum(map(len, ground.train.values())),
+        "validation rows": sum(map(len, ground.validation.values())),
+        "held-out rows": sum(map(len, ground.test.values())),
+        "epochs": recipe.train.epochs,
+        "max_steps": recipe.train.max_steps,
+        "batch": recipe.train.batch_size * recipe.train.gradient_accumulation,
+        "rates": "five a method: three a factor of 4 apart, two beside the best; validation loss",
+        "energy": _how_energy(grid),
+        "tasks": "methods that choose a branch by task are told it",
+    }

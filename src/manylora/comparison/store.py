@@ -1,0 +1,76 @@
+"""Finished cells on disk: DIR/cells/KEY.json and KEY.parquet.
+
+KEY is a hash of all that the result depends on, so a cell is run once however often the comparison
+is started, and never mistaken for one of other data or another recipe.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from manylora.comparison.cell import Cell, Ground
+from manylora.training.checkpoints import write_atomically
+
+FORMAT = 1
+# What a cell's result does not depend on.
+_NOT_IN_A_KEY = {"output", "adapter", "start_from", "data"}
+
+
+def key_of(ground: Ground, cell: Cell) -> str:
+    recipe = ground.recipe.model_dump(mode="json", exclude=_NOT_IN_A_KEY)
+    recipe["train"] = {
+        name: value
+        for name, value in recipe["train"].items()
+        if name not in ("learning_rate", "checkpoint_every", "report_to", "workers", "log_every")
+    }
+    config = cell.contender.config
+    values = [
+        FORMAT,
+        ground.content,
+        recipe,
+        cell.contender.name,
+        None if config is None else config.to_dict(),
+        [cell.lr, cell.seed, cell.stage],
+    ]
+    text = json.dumps(values, sort_keys=True, default=_plain)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _plain(value: object) -> Any:
+    return sorted(value) if isinstance(value, set) else str(value)
+
+
+class CellStore:
+    """The cells of one comparison's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "cells"
+
+    def summary(self, key: str) -> dict[str, Any] | None:
+        """What the run of a finished cell took; None when it has not finished."""
+        file = self.folder / f"{key}.json"
+        if not file.is_file():
+            return None
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return found
+
+    def write(self, key: str, summary: dict[str, Any], rows: pa.Table) -> None:
+        """The summary last: a cell with one is whole."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / f"{key}.parquet"
+        partial = file.with_suffix(f".{os.getpid()}.partial")
+        pq.write_table(rows, partial, compression="zstd")
+        os.replace(partial, file)
+        write_atomically(self.folder / f"{key}.json", json.dumps(summary, indent=1))
+
+    def rows(self, keys: Sequence[str]) -> pa.Table:
+        """The rows of finished cells, one cell after the other."""
+        return pa.concat_tables([pq.read_table(self.folder / f"{key}.parquet") for key in keys])

@@ -1,0 +1,173 @@
+"""A comparison from a recipe to its page, on a tiny model: fair, resumable, the same again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+
+from manylora.base import load_model
+from manylora.comparison import grid as grids
+from manylora.comparison.cell import Cell, prepare_ground, run_cell
+from manylora.comparison.command import compare
+from manylora.comparison.contenders import contenders
+from manylora.comparison.result import Comparison
+from manylora.comparison.store import key_of
+from manylora.recipe import Recipe, parse_recipe
+
+COLUMNS = [
+    "run",
+    "method",
+    "params",
+    "lr",
+    "seed",
+    "stage",
+    "task",
+    "example",
+    "tokens",
+    "nll",
+    "correct",
+]
+METHODS = ["lora", "branch_per_cluster", "adalora"]
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture
+def recipe(make_recipe: Callable[..., Recipe]) -> Recipe:
+    values = make_recipe().model_dump(mode="json")
+    values["validation"] = 0.2
+    values["train"] |= {"max_steps": 4, "batch_size": 4}
+    values["adapter"] = {}
+    return parse_recipe(values)
+
+
+def compared(recipe: Recipe, output: Path, **options: Any) -> Comparison:
+    given = {"methods": METHODS, "budget": "lora:r=4", "seeds": 2, "rate": None, "parallel": 1}
+    return compare(recipe, output=output, console=QUIET, **given | options)
+
+
+def test_every_method_gets_five_trials_and_every_seed_on_the_same_rows(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    found = compared(recipe, tmp_path / "c")
+    rows = pq.read_table(tmp_path / "c" / "rows.parquet")
+    assert rows.column_names == COLUMNS
+    cells = {
+        (row["method"], row["lr"], row["seed"], row["stage"])
+        for row in rows.select(["method", "lr", "seed", "stage"]).to_pylist()
+    }
+    for info in found.methods:
+        tried = sorted(
+            lr for method, lr, _, stage in cells if (method, stage) == (info.name, "rate")
+        )
+        assert [point.lr for point in info.rates] == tried and len(tried) == 5
+        assert info.best_lr == min(info.rates, key=lambda point: point.nll).lr
+        tested = {(lr, seed) for m, lr, seed, stage in cells if (m, stage) == (info.name, "test")}
+        assert tested == {(info.best_lr, 0), (info.best_lr, 1)}
+    test = rows.to_pandas().query("stage == 'test'")
+    examples = test.groupby(["method", "seed"])["example"].apply(lambda e: tuple(sorted(e)))
+    assert examples.nunique() == 1
+    validation = set(rows.to_pandas().query("stage == 'rate'")["example"])
+    assert not validation & set(test["example"])
+
+
+def test_no_method_with_a_size_exceeds_the_budget(recipe: Recipe, tmp_path: Path) -> None:
+    found = compared(recipe, tmp_path / "c", seeds=1, rate=1e-2)
+    for info in found.methods:
+        assert info.params <= found.budget_params, info.label
+    assert found.methods[0].params == found.budget_params
+
+
+def test_what_was_run_is_not_run_again(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = compared(recipe, tmp_path / "c", methods=["lora", "ia3"], rate=1e-2)
+    ran: list[Cell] = []
+
+    def counted(ground: Any, cell: Cell, *more: Any) -> Any:
+        ran.append(cell)
+        return run_cell(ground, cell, *more)
+
+    monkeypatch.setattr(grids, "run_cell", counted)
+    again = compared(recipe, tmp_path / "c", methods=["lora", "ia3"], rate=1e-2)
+    assert not ran
+    assert again.scores == first.scores and again.differences == first.differences
+    compared(recipe, tmp_path / "c", methods=["lora", "ia3"], rate=1e-2, seeds=3)
+    assert [(cell.contender.name, cell.seed) for cell in ran] == [("lora", 2), ("ia3", 2)]
+
+
+def test_a_comparison_stopped_midway_goes_on(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = compared(recipe, tmp_path / "whole", methods=["lora", "ia3"], rate=1e-2)
+
+    def fails(ground: Any, cell: Cell, *more: Any) -> Any:
+        if cell.contender.name == "ia3":
+            raise KeyboardInterrupt
+        return run_cell(ground, cell, *more)
+
+    monkeypatch.setattr(grids, "run_cell", fails)
+    with pytest.raises(KeyboardInterrupt):
+        compared(recipe, tmp_path / "c", methods=["lora", "ia3"], rate=1e-2)
+    monkeypatch.undo()
+    assert (
+        compared(recipe, tmp_path / "c", methods=["lora", "ia3"], rate=1e-2).scores == whole.scores
+    )
+
+
+def test_runs_side_by_side_give_what_runs_in_turn_give(recipe: Recipe, tmp_path: Path) -> None:
+    turn = compared(recipe, tmp_path / "a", methods=["lora", "hydralora"], rate=1e-2)
+    side = compared(recipe, tmp_path / "b", methods=["lora", "hydralora"], rate=1e-2, parallel=2)
+    assert side.scores == turn.scores
+
+
+def test_files_say_the_same_as_what_is_returned(recipe: Recipe, tmp_path: Path) -> None:
+    found = compared(recipe, tmp_path / "c", methods=["lora", "ia3"], rate=1e-2)
+    said = json.loads((tmp_path / "c" / "comparison.json").read_text())
+    assert Comparison.model_validate(said) == found
+    page = (tmp_path / "c" / "comparison.html").read_text()
+    table = (tmp_path / "c" / "comparison.md").read_text()
+    for info in found.methods:
+        assert info.label in page and f"{info.params:,}" in table
+
+
+def test_a_key_depends_on_what_the_result_depends_on(recipe: Recipe, tmp_path: Path) -> None:
+    ground = prepare_ground(recipe, QUIET)
+    base = load_model(recipe.model, recipe.dtype, None)
+    _, (lora, hydra) = contenders(["lora", "hydralora"], "lora:r=4", base, 3, {})
+    start = key_of(ground, Cell(lora, 1e-3, 0, "test"))
+    assert start == key_of(ground, Cell(lora, 1e-3, 0, "test"))
+    others = [
+        key_of(ground, Cell(hydra, 1e-3, 0, "test")),
+        key_of(ground, Cell(lora, 2e-3, 0, "test")),
+        key_of(ground, Cell(lora, 1e-3, 1, "test")),
+        key_of(ground, Cell(lora, 1e-3, 0, "rate")),
+    ]
+    longer = recipe.model_copy(
+        update={"train": recipe.train.model_copy(update={"max_steps": 5}), "output": "elsewhere"}
+    )
+    others.append(key_of(prepare_ground(longer, QUIET), Cell(lora, 1e-3, 0, "test")))
+    assert len({start, *others}) == 6
+    elsewhere = recipe.model_copy(update={"output": "elsewhere"})
+    assert key_of(prepare_ground(elsewhere, QUIET), Cell(lora, 1e-3, 0, "test")) == start
+
+
+def test_energy_is_measured_and_said_how(recipe: Recipe, tmp_path: Path) -> None:
+    found = compared(recipe, tmp_path / "c", methods=["lora"], rate=1e-2, seeds=1, energy=True)
+    energy = found.methods[0].energy_kwh
+    assert energy is not None and set(energy) == {"cpu", "gpu", "ram"} and energy["ram"] > 0
+    assert "estimated" in found.settings["energy"] or "measured" in found.settings["energy"]
+    without = compared(recipe, tmp_path / "d", methods=["lora"], rate=1e-2, seeds=1)
+    assert without.methods[0].energy_kwh is None
+
+
+def test_without_validation_rows_there_is_nothing_to_tune_on(
+    make_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"validation=0\.1"):
+        compared(make_recipe(), tmp_path / "c")
