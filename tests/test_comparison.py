@@ -13,7 +13,7 @@ from rich.console import Console
 
 from manylora.base import load_model
 from manylora.comparison import grid as grids
-from manylora.comparison.cell import Cell, prepare_ground, run_cell
+from manylora.comparison.cell import Cell, prepare_ground, run_cell, steps_of
 from manylora.comparison.command import compare
 from manylora.comparison.contenders import contenders
 from manylora.comparison.result import Comparison
@@ -155,6 +155,19 @@ def test_a_key_depends_on_what_the_result_depends_on(recipe: Recipe, tmp_path: P
     assert len({start, *others}) == 6
     elsewhere = recipe.model_copy(update={"output": "elsewhere"})
     assert key_of(prepare_ground(elsewhere, QUIET), Cell(lora, 1e-3, 0, "test")) == start
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_a_method_is_told_the_steps_that_it_gets(recipe: Recipe, accumulation: int) -> None:
+    train = {"max_steps": None, "epochs": 0.7, "batch_size": 5}
+    train["gradient_accumulation"] = accumulation
+    ground = prepare_ground(
+        recipe.model_copy(update={"train": recipe.train.model_copy(update=train)}), QUIET
+    )
+    base = load_model(recipe.model, recipe.dtype, None)
+    _, (adalora,) = contenders(["adalora"], "lora:r=4", base, 3, {})
+    summary, _ = run_cell(ground, Cell(adalora, 1e-3, 0, "rate"), "one")
+    assert summary["steps"] == steps_of(ground) > 3
 
 
 def test_energy_is_measured_and_said_how(recipe: Recipe, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ with the same seed see the same rows in the same order.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -70,6 +71,11 @@ class Ground:
 
 def prepare_ground(recipe: Recipe, console: Console) -> Ground:
     """Read the recipe's rows; ValueError when it keeps no validation rows to tune the rates on."""
+    most = recipe.evaluate.rows_per_task
+    if most < 2:
+        raise ValueError(
+            f"evaluate.rows_per_task={most}: a comparison scores held-out rows; give 2 or more"
+        )
     if not recipe.validation:
         raise ValueError(
             "a comparison tunes each method's learning rate on validation rows; set "
@@ -84,7 +90,6 @@ def prepare_ground(recipe: Recipe, console: Console) -> Ground:
         rows = {task: fitting(task, own, encoder, console) for task, own in split.items()}
         return rows if most is None else {task: own.spread(most) for task, own in rows.items()}
 
-    most = recipe.evaluate.rows_per_task
     return Ground(
         settled.recipe,
         corpus.content,
@@ -118,7 +123,7 @@ def run_cell(
     device: Any = next(model.parameters()).device
     meter = energy_meter(device, parallel=parallel) if energy else None
     with meter or nullcontext():
-        loss = _train(ground, recipe, model, use_ids)
+        steps, loss = _train(ground, recipe, model, use_ids)
     trained = time.perf_counter() - started
     rows = ground.validation if cell.stage == "rate" else ground.test
     with autocast(recipe.train.precision, device):
@@ -129,6 +134,7 @@ def run_cell(
         "lr": cell.lr,
         "seed": cell.seed,
         "stage": cell.stage,
+        "steps": steps,
         "train_loss": loss,
         "train_seconds": trained,
         "seconds": time.perf_counter() - started,
@@ -151,9 +157,8 @@ def steps_of(ground: Ground) -> int:
     train = ground.recipe.train
     if train.max_steps is not None:
         return train.max_steps
-    batches = -(-sum(map(len, ground.train.values())) // train.batch_size)
-    per_epoch = max(batches // train.gradient_accumulation, 1)
-    return -(-int(per_epoch * train.epochs * 1000) // 1000)
+    batches = math.ceil(sum(map(len, ground.train.values())) / train.batch_size)
+    return math.ceil(math.ceil(batches / train.gradient_accumulation) * train.epochs)
 
 
 def _model(recipe: Recipe, contender: Contender, steps: int) -> nn.Module:
@@ -169,8 +174,8 @@ def _uses_ids(contender: Contender) -> bool:
     return isinstance(config, ManyLoraConfig) and config.branches_of().needs_ids
 
 
-def _train(ground: Ground, recipe: Recipe, model: Any, use_ids: bool) -> float:
-    """Train the model; returns the mean loss of the last tenth of the steps, nats a token."""
+def _train(ground: Ground, recipe: Recipe, model: Any, use_ids: bool) -> tuple[int, float]:
+    """Train the model; returns the steps, and the mean loss of their last tenth, nats a token."""
     sizes = {task: len(rows) for task, rows in ground.train.items()}
     device = next(model.parameters()).device
     batch = Batch(recipe.train.batch_size, recipe.train.gradient_accumulation)
@@ -186,7 +191,7 @@ def _train(ground: Ground, recipe: Recipe, model: Any, use_ids: bool) -> float:
     trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     last = losses[-max(1, len(losses) // 10) :]
-    return float(sum(last) / len(last))
+    return trainer.state.global_step, float(sum(last) / len(last))
 
 
 @torch.inference_mode()
