@@ -12,6 +12,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,15 @@ import pytest
 
 from manylora.recipe import Recipe, parse_recipe
 from tiny import save_tiny_model, write_tasks
+
+# A background job ignores Ctrl-C, one under nohup a hang-up, and runs leave what is ignored so; the
+# tests that send these signals are about a foreground job.
+for number, handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -111,8 +111,6 @@ def raising(error: BaseException) -> Callable[..., Any]:
 def test_a_signal_finishes_the_step_saves_it_and_says_how_to_go_on(
     recipe: Recipe, undisturbed: Path, number: int, code: int
 ) -> None:
-    if number == signal.SIGHUP:
-        signal.signal(number, signal.SIG_DFL)  # under nohup it is ignored, and a run leaves it so
     with before_step(5, send(number)):
         done = command("train", *changes_of(recipe.model_dump(mode="json")))
     assert done.returncode == code
