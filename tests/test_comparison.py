@@ -134,6 +134,7 @@ def test_files_say_the_same_as_what_is_returned(recipe: Recipe, tmp_path: Path) 
     table = (tmp_path / "c" / "comparison.md").read_text()
     for info in found.methods:
         assert info.label in page and f"{info.params:,}" in table
+    assert "one learning rate that was given" in page and "several learning rates" not in page
 
 
 def test_a_key_depends_on_what_the_result_depends_on(recipe: Recipe, tmp_path: Path) -> None:

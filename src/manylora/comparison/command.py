@@ -191,6 +191,7 @@ def _how_energy(grid: Grid) -> str:
 
 def _settings(ground: Ground, grid: Grid) -> dict[str, Any]:
     recipe = ground.recipe
+    tuned = any(cell.stage == "rate" for cell in grid.keys)
     return {
         "model": recipe.model,
         "data": str(recipe.data),
@@ -200,7 +201,9 @@ def _settings(ground: Ground, grid: Grid) -> dict[str, Any]:
         "epochs": recipe.train.epochs,
         "max_steps": recipe.train.max_steps,
         "batch": recipe.train.batch_size * recipe.train.gradient_accumulation,
-        "rates": "five a method: three a factor of 4 apart, two beside the best; validation loss",
+        "rates": "five a method: three a factor of 4 apart, two beside the best; validation loss"
+        if tuned
+        else "one for all, as given",
         "energy": _how_energy(grid),
         "tasks": "methods that choose a branch by task are told it",
     }

@@ -9,15 +9,27 @@ from manylora.comparison.verdict import share_of_budget
 from manylora.discovery.show import words
 from manylora.report.page import duration
 
-HOW = (
+_TUNED = (
     "Each method was trained at several learning rates and scored on rows kept apart for "
     "validation; the rate with the lowest nll was taken, then trained with every seed and scored "
-    "on held-out rows. nll is nats per answer token within a task; correct is the share of rows "
-    "whose every answer token is the likeliest; tasks count the same. Intervals are 95 %: "
-    "resampled examples plus Student's t over seeds. A method separates when its difference does "
-    "so at 5 % for all methods of that metric together (Holm), which is stricter than its plain "
-    "interval."
+    "on held-out rows."
 )
+_GIVEN = (
+    "Every method was trained at the one learning rate that was given, which favours whichever "
+    "method it suits, with every seed, and scored on held-out rows."
+)
+_MEANT = (
+    "nll is nats per answer token within a task; correct is the share of rows whose every answer "
+    "token is the likeliest; tasks count the same. Intervals are 95 %: resampled examples plus "
+    "Student's t over seeds. A method separates when its difference does so at 5 % for all "
+    "methods of that metric together (Holm), which is stricter than its plain interval."
+)
+
+
+def how(found: Comparison) -> str:
+    """How it was done, in words."""
+    tuned = any(info.rates for info in found.methods)
+    return f"{_TUNED if tuned else _GIVEN} {_MEANT}"
 
 
 def markdown(found: Comparison) -> str:
@@ -35,7 +47,7 @@ def markdown(found: Comparison) -> str:
             "## Correct by task (percent; higher is better)",
             _by_task(found, "correct"),
             "## How it was done",
-            HOW,
+            how(found),
             table(["setting", "value"], setting_rows(found)),
             _code(found.command),
         ]

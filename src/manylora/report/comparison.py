@@ -10,10 +10,10 @@ from pathlib import Path
 
 from manylora.comparison.result import Comparison, Interval
 from manylora.comparison.tables import (
-    HOW,
     difference_rows,
     energy,
     headline,
+    how,
     memory,
     rate,
     score_of,
@@ -72,7 +72,7 @@ def write_comparison_page(found: Comparison, path: Path) -> Path:
         rates=rate_plots(found.methods),
         size=size_view(found),
         settings=setting_rows(found),
-        how=HOW,
+        how=how(found),
     )
     path.write_text(page, encoding="utf-8")
     return path
