@@ -10,7 +10,6 @@ DIR/discovery.html               the same for the eye
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -26,7 +25,13 @@ from manylora.corpus.layouts import CorpusError
 from manylora.discovery.discover import Documents, Found
 from manylora.discovery.result import ASSIGNMENTS_FILE, DISCOVERY_FILE
 from manylora.report.discovery import write_discovery_page
-from manylora.training.checkpoints import new_partial, partials, publish_files, sweep
+from manylora.training.checkpoints import (
+    make_writable,
+    new_partial,
+    partials,
+    publish_files,
+    sweep,
+)
 
 PAGE_FILE = "discovery.html"
 _FILES = {DISCOVERY_FILE, ASSIGNMENTS_FILE, PAGE_FILE, SELECTOR_FILE}
@@ -128,15 +133,7 @@ def empty_folder(folder: Path) -> Iterator[None]:
     What a killed process left there is swept; a folder that stays empty is removed again. Raises
     FileExistsError, or OSError when it cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(
-            f"the folder {folder} cannot be written: {error.strerror}; choose another with "
-            "--output FOLDER"
-        ) from None
+    make_writable(folder, f"the folder {folder}", "--output FOLDER")
     names = {path.name for path in folder.iterdir()} - {path.name for path in partials(folder)}
     if DISCOVERY_FILE in names or names - _FILES:
         held = "holds a discovery already" if DISCOVERY_FILE in names else "is not empty"

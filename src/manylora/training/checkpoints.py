@@ -13,12 +13,28 @@ import errno
 import os
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
 PARTIAL = ".partial"
 CHECKPOINTS = "checkpoints"
 PROGRESS_FILE = "progress.pt"
 KEPT = 2
+
+
+def make_writable(folder: Path, what: str, instead: str) -> None:
+    """Make the folder and write to it, before anything is computed; OSError when that fails.
+
+    what, instead: what it is and how another is chosen, for the message.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"{what} cannot be written: {error.strerror}; choose another with {instead}"
+        ) from None
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +17,7 @@ from manylora.run import is_finished
 from manylora.training.checkpoints import (
     CHECKPOINTS,
     last_checkpoint,
+    make_writable,
     partial_of,
     partials,
     remove_folder,
@@ -54,15 +54,7 @@ def run_folder(run: Path) -> Iterator[None]:
     Raises OSError when it cannot be written, RuntimeError when another process trains in it. A
     folder that stays empty is removed again.
     """
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=run):
-            pass
-    except OSError as error:
-        raise OSError(
-            f"the run folder {run} cannot be written: {error.strerror}; choose another with "
-            "output=FOLDER"
-        ) from None
+    make_writable(run, f"the run folder {run}", "output=FOLDER")
     handle = os.open(run, os.O_RDONLY)
     _held.add(handle)
     try:
