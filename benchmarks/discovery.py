@@ -10,8 +10,9 @@ their training rows are clustered with the defaults, told nothing about the task
 input_only. Beside it, `plain`: the words' TF-IDF, K-means and the SSE elbow alone, as the paper
 has it, with the elbow's K and with the true one.
 
-Writes DIR/discovery.parquet (one row a document: draw, reading, seed, task, cluster; -1 is none)
-and DIR/discovery.json (for each draw what was chosen and why).
+Writes DIR/discovery.parquet (one row a document: draw, reading, seed, task, cluster; -1 is none),
+DIR/discovery_others.parquet (single tasks, and Dolly, in the same form) and DIR/discovery.json (for
+each draw what was chosen and why).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from here import about_here
 from kneed import KneeLocator
@@ -70,11 +72,7 @@ def main() -> None:
             waiting.append(pool.submit(dolly, arguments.dolly, arguments.features, arguments.model))
         done = [found.result() for found in waiting]
     arguments.output.mkdir(parents=True, exist_ok=True)
-    pq.write_table(
-        pa.concat_tables([columns for _, columns in done]).combine_chunks(),
-        arguments.output / f"{arguments.name}.parquet",
-        compression="zstd",
-    )
+    write_rows(arguments.output, arguments.name, [rows for _, rows in done])
     result = {
         **about_here(),
         "features": arguments.features,
@@ -86,6 +84,16 @@ def main() -> None:
     path = arguments.output / f"{arguments.name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(markdown(result["draws"]))
+
+
+def write_rows(folder: Path, name: str, tables: list[pa.Table]) -> None:
+    """NAME.parquet: the draws of several tasks; NAME_others.parquet: single tasks and Dolly."""
+    rows = pa.concat_tables(tables)
+    drawn = pc.match_substring_regex(rows["draw"], r"^\d+-\d+$")
+    pq.write_table(rows.filter(drawn), folder / f"{name}.parquet", compression="zstd")
+    others = rows.filter(pc.invert(drawn))
+    if others.num_rows:
+        pq.write_table(others, folder / f"{name}_others.parquet", compression="zstd")
 
 
 def one(
@@ -172,13 +180,13 @@ def columns(draw: str, reading: str, seed: int, owners: list[str], found: Found)
     size = len(owners)
     return pa.table(
         {
-            "draw": pa.array([draw] * size).dictionary_encode(),
-            "reading": pa.array([reading] * size).dictionary_encode(),
-            "seed": pa.array(np.full(size, seed, dtype=np.int8)),
-            "task": pa.array(owners).dictionary_encode(),
-            "cluster": pa.array(found.labels.astype(np.int16)),
+            "draw": pa.array([draw] * size),
+            "reading": pa.array([reading] * size),
+            "seed": pa.array(np.full(size, seed)),
+            "task": pa.array(owners),
+            "cluster": pa.array(found.labels.astype(np.int64)),
         }
-    ).unify_dictionaries()
+    )
 
 
 def load(folder: Path) -> dict[str, list[Row]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
@@ -45,7 +46,11 @@ def test_the_page_has_the_table_of_the_kept_result(name: str, benchmark: ModuleT
 
 @pytest.mark.parametrize("name", KEPT)
 def test_the_kept_figures_follow_from_the_assignment_of_each_document(name: str) -> None:
-    table = pq.read_table(RESULTS / f"{name}.parquet")
+    table = pa.concat_tables(
+        pq.read_table(file)
+        for file in (RESULTS / f"{name}.parquet", RESULTS / f"{name}_others.parquet")
+        if file.is_file()
+    )
     assert table.column_names == ["draw", "reading", "seed", "task", "cluster"]
     for draw in draws(name):
         own = table.filter(
