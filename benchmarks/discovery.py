@@ -244,7 +244,8 @@ def markdown(draws: list[dict[str, Any]]) -> str:
     single = [d for d in draws if d["draw"].startswith("1-")]
     said = f"{sum(d['several'] for d in mixed)} of {len(mixed)} mixtures"
     if single:
-        said += f" and in {sum(d['several'] for d in single)} of {len(single)} single tasks"
+        called = sum(d["several"] for d in single)
+        said += f" and in {called} of {len(single)} readings of single tasks"
     lines += ["", f"Several branches are called worth a try in {said}."]
     for d in draws:
         if d["draw"] == "dolly":

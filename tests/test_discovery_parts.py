@@ -188,7 +188,7 @@ def test_a_disagreement_names_who_says_otherwise() -> None:
 
 
 def test_one_different_row_is_one_cluster() -> None:
-    found = Curve([Candidate(k=1, sse=0.0)], {1: np.ones((1, 3), np.float32)}, None)
+    found = Curve([Candidate(k=1, sse=0.0)], None)
     assert choice.choose(choice.criteria(found)).k == 1
 
 

@@ -32,7 +32,7 @@ SCHEMA = pa.schema(
         ("correct", pa.bool_()),
     ]
 )
-RATE_STAGE, TEST_STAGE = "rate", "test"
+TEST_STAGE = "test"
 
 
 @dataclass(frozen=True, slots=True)

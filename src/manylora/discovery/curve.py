@@ -50,26 +50,23 @@ class Tree:
 
 @dataclass(frozen=True)
 class Curve:
-    """One candidate for each K from 1, the centres of each, and the tree they started from."""
+    """One candidate for each K from 1, and the tree they started from; none for one point."""
 
     candidates: list[Candidate]
-    centres: dict[int, Rows]
     tree: Tree | None
 
 
 def measure(rows: Rows, most: int, seed: int, told: Callable[[int], None]) -> Curve:
     """The curve over K = 1 ... most; `most` is at most the number of different rows."""
     whole = float(((rows - rows.mean(0)) ** 2).sum())
-    candidates, centres = [Candidate(k=1, sse=whole)], {1: rows.mean(0, keepdims=True)}
+    candidates = [Candidate(k=1, sse=whole)]
     if most < 2:
-        return Curve(candidates, centres, None)
+        return Curve(candidates, None)
     tree = Tree.over(rows, seed)
     for k in range(2, most + 1):
-        found = cluster(rows, k, seed, tree)
-        centres[k] = found.cluster_centers_
-        candidates.append(_candidate(rows, found, seed))
+        candidates.append(_candidate(rows, cluster(rows, k, seed, tree), seed))
         told(k)
-    return Curve(candidates, centres, tree)
+    return Curve(candidates, tree)
 
 
 def cluster(rows: Rows, k: int, seed: int, tree: Tree) -> KMeans:
