@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,12 @@ from rich.console import Console
 
 from manylora.base import load_model
 from manylora.comparison import grid as grids
+from manylora.comparison import side_by_side
 from manylora.comparison.cell import Cell, prepare_ground, run_cell, steps_of
 from manylora.comparison.command import compare
 from manylora.comparison.contenders import contenders
 from manylora.comparison.result import Comparison
-from manylora.comparison.store import key_of
+from manylora.comparison.store import CellStore, key_of
 from manylora.recipe import Recipe, parse_recipe
 
 COLUMNS = [
@@ -124,6 +127,30 @@ def test_runs_side_by_side_give_what_runs_in_turn_give(recipe: Recipe, tmp_path:
     turn = compared(recipe, tmp_path / "a", methods=["lora", "hydralora"], rate=1e-2)
     side = compared(recipe, tmp_path / "b", methods=["lora", "hydralora"], rate=1e-2, parallel=2)
     assert side.scores == turn.scores
+
+
+def test_each_gpu_has_processes_of_its_own(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,7")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert side_by_side.gpus() == ["3", "5"]
+    monkeypatch.setattr(side_by_side, "_run_there", _name_own_gpu)
+    ground = prepare_ground(recipe, QUIET)
+    base = load_model(recipe.model, recipe.dtype, None)
+    _, found = contenders(["lora", "ia3"], "lora:r=4", base, 3, {})
+    cells = [Cell(found[i % 2], 1e-3, i, "test") for i in range(6)]
+    store = CellStore(tmp_path)
+    done = list(side_by_side.run_side_by_side(ground, store, cells, 1, False))
+    assert sorted(cell.seed for cell in done) == list(range(6))
+    assert {file.read_text() for file in (tmp_path / "cells").iterdir()} == {"3", "5"}
+
+
+def _name_own_gpu(cell: Cell) -> None:
+    folder = side_by_side._here[0].store.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / str(cell.seed)).write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+    time.sleep(0.5)
 
 
 def test_files_say_the_same_as_what_is_returned(recipe: Recipe, tmp_path: Path) -> None:

@@ -69,7 +69,27 @@ def test_the_budget_is_met_and_the_next_size_would_exceed_it(name: str, budget: 
     if value == KINDS[name].most:
         assert f": {MOST_TOKENS} virtual tokens at most" in found.note
         return
-    assert trained(dataclasses.replace(config, **{size: value + 1})) > total
+    equal = {"branch_ranks": None} if KINDS[name].uneven else {}
+    assert trained(dataclasses.replace(config, **{size: value + 1}, **equal)) > total
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if KINDS[name].uneven])
+def test_one_more_rank_of_any_branch_would_exceed_the_budget(name: str) -> None:
+    for rank in range(5, 12):
+        total, (found,) = contenders([name], f"lora:r={rank}", tiny_llama(), 3, {})
+        config: Any = found.config
+        ranks = sorted(config.branch_ranks or [config.r] * 3)
+        assert ranks[-1] - ranks[0] <= 1 and ranks[0] == config.r and found.params <= total
+        assert config.lora_alpha / config.r == 2
+        more = {"branch_ranks": [ranks[0] + 1, *ranks[1:]]}
+        assert trained(dataclasses.replace(config, **more)) > total
+
+
+def test_branches_of_unlike_rank_are_named() -> None:
+    (found,) = named("lora_split", budget="lora:r=8")
+    assert found.label == "LoRA-Split r=2, 3 branches, 2 of them with r=3"
+    (shared,) = named("lora_split:share_B=true", budget="lora:r=8")
+    assert shared.config.branch_ranks is None  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -233,7 +233,7 @@ def training_arguments(recipe: Recipe, batch: Batch, device: torch.device) -> SF
     """The recipe in the trainer's own terms."""
     train = recipe.train
     precision = resolve_precision(train.precision, device)
-    return SFTConfig(
+    arguments = SFTConfig(
         output_dir=str(recipe.run / CHECKPOINTS),
         num_train_epochs=train.epochs,
         max_steps=-1 if train.max_steps is None else train.max_steps,
@@ -266,3 +266,6 @@ def training_arguments(recipe: Recipe, batch: Batch, device: torch.device) -> SF
         dataset_kwargs={"skip_prepare_dataset": True},
         dataloader_pin_memory=device.type == "cuda",
     )
+    # A process trains on one GPU: on more, transformers would split its batches (DataParallel).
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments

@@ -63,7 +63,8 @@ class Kind:
     configuration. sizes: the fields that meet the budget, one after the other. most: of a size.
     decided: fields that make the method what it is. defaults: the other fields, given what is known
     of them. where: its layers, for a configuration that does not choose them as LoRA's does.
-    not_set: fields that nobody gives. remark: what a reader of the scores should know.
+    uneven: whether its branches may differ by one in rank, to come nearer to the budget. not_set:
+    fields that nobody gives. remark: what a reader of the scores should know.
     """
 
     config: type[PeftConfig] | None
@@ -75,6 +76,7 @@ class Kind:
     decided: Mapping[str, Any] = field(default_factory=dict)
     defaults: Callable[[Site, Values], Values] = lambda site, values: {}
     where: Callable[[Site], Values] | None = None
+    uneven: bool = False
     not_set: frozenset[str] = frozenset()
     remark: str = ""
 
@@ -163,7 +165,7 @@ def _manylora(label: str, method: str, **options: Any) -> Kind:
 
 KINDS: dict[str, Kind] = {
     "lora": _plain("LoRA"),
-    "lora_split": _manylora("LoRA-Split", "lora_split", decided={"gate": "ones"}),
+    "lora_split": _manylora("LoRA-Split", "lora_split", decided={"gate": "ones"}, uneven=True),
     "lora_split_one_hot": _manylora(
         "LoRA-Split by task",
         "lora_split",
@@ -171,9 +173,9 @@ KINDS: dict[str, Kind] = {
         not_set=frozenset({"num_branches"}),
         remark="the same structure as branch_per_cluster",
     ),
-    "multilora": _manylora("MultiLoRA", "multilora", centre_lr=2e-3),
+    "multilora": _manylora("MultiLoRA", "multilora", centre_lr=2e-3, uneven=True),
     "hydralora": _manylora("HydraLoRA", "hydralora"),
-    "lora_moe": _manylora("LoRA-MoE", "lora_moe"),
+    "lora_moe": _manylora("LoRA-MoE", "lora_moe", uneven=True),
     "branch_per_cluster": _manylora(
         "Branch per cluster", "branch_per_cluster", not_set=frozenset({"num_branches"})
     ),

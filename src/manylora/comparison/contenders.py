@@ -1,8 +1,9 @@
 """Methods at equal trained parameters: names and a budget become configurations.
 
-Each method gets the largest size whose trained parameters do not exceed the budget, everything
-counted: routers, scales, DoRA's magnitudes, AdaLoRA's singular values and first ranks, P-Tuning's
-encoder. A method that cannot meet the budget stays, and its note says by how much it misses.
+Each method gets the largest size whose trained parameters do not exceed the budget (branches that
+need not be equal differ by one in rank to come near it), everything counted: routers, scales,
+DoRA's magnitudes, AdaLoRA's singular values and first ranks, P-Tuning's encoder. A method that
+cannot meet the budget stays, and its note says by how much it misses.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from peft import AdaLoraConfig, PeftConfig
 from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedModel
 
+from manylora.adapter.config import ManyLoraConfig
 from manylora.comparison.baselines import KINDS, SELECTION, Kind, Values
 from manylora.comparison.site import Site
 
@@ -145,12 +147,30 @@ def _contender(name: str, budget: int, site: Site, chosen: Values) -> Contender:
         if size not in given:
             cost = partial(_cost, name, kind, site, chosen, dict(values), size)
             values[size] = largest(cache(cost), budget, kind.most)
+    if kind.uneven and "r" not in given:
+        values |= _larger_branches(name, budget, kind, site, chosen, values)
     params, config = _built(name, kind, site, chosen, values)
     sizes = {size: values[size] for size in kind.sizes if size not in given}
     note = _note(kind, sizes, params, budget)
     if config is not None and chosen.get("lora_dropout") and not _takes(kind, "lora_dropout"):
         note += f"; without the dropout of {chosen['lora_dropout']}, which it does not have"
     return Contender(name, _label(kind, config, given), config, params, note, kind.centre_lr)
+
+
+def _larger_branches(
+    name: str, budget: int, kind: Kind, site: Site, chosen: Values, values: Values
+) -> Values:
+    """One rank more for as many branches as the budget has room for; alpha / r stays."""
+    _, config = _built(name, kind, site, chosen, values)
+    assert isinstance(config, ManyLoraConfig)
+    branches, r = config.branches_of(), config.r
+    if branches.share_A or branches.share_B:
+        return {}
+    for more in range(branches.count - 1, 0, -1):
+        larger = {"branch_ranks": [r + 1] * more + [r] * (branches.count - more)}
+        if _built(name, kind, site, chosen, {**values, **larger})[0] <= budget:
+            return larger
+    return {}
 
 
 def _cost(
@@ -189,7 +209,10 @@ def _note(kind: Kind, sizes: Values, params: int, budget: int) -> str:
 def _label(kind: Kind, config: PeftConfig | None, given: Values) -> str:
     shape = kind.shape.format(config)
     shown = [f"{key}={value}" for key, value in given.items() if f"{{0.{key}}}" not in kind.shape]
-    return ", ".join([f"{kind.label} {shape}".strip(), *shown])
+    label = ", ".join([f"{kind.label} {shape}".strip(), *shown])
+    if isinstance(config, ManyLoraConfig) and config.branch_ranks is not None:
+        label += f", {config.branch_ranks.count(config.r + 1)} of them with r={config.r + 1}"
+    return label
 
 
 def _parse(text: str) -> tuple[Kind, Values]:

@@ -11,36 +11,31 @@ side by side where the memory allows it.
 from __future__ import annotations
 
 import math
-import multiprocessing
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from manylora.comparison.cell import Cell, Ground, prepare_ground, run_cell
+from manylora.comparison.cell import Cell, Ground, run_cell
 from manylora.comparison.contenders import Contender
 from manylora.comparison.result import RatePoint
+from manylora.comparison.side_by_side import at_once, gpus, run_side_by_side
 from manylora.comparison.store import CellStore, key_of
-from manylora.recipe import Recipe
 
 FIRST, BESIDE = (0.25, 1.0, 4.0), (0.5, 2.0)
-_MOST_AT_ONCE = 8
-_CONTEXT_BYTES = 0.6e9  # of a process on a GPU, beside its tensors
 
 
 @dataclass
 class Grid:
     """Runs cells and keeps them.
 
-    parallel: runs side by side; 0 finds out from the memory that the first one took. energy:
-    whether that of each is measured. keys: of the cells that were asked for, in the grid's order.
+    parallel: runs side by side on a GPU; 0 finds out from the memory that the first one took.
+    energy: whether that of each is measured. keys: of the cells that were asked for, in the grid's
+    order.
     """
 
     ground: Ground
@@ -113,12 +108,12 @@ class Grid:
             first = waiting.pop(0)
             self.parallel = at_once(self._run_here(first))
             yield first
-        if self.parallel == 1 or len(waiting) < 2:
+        if self.parallel * len(gpus()) == 1 or len(waiting) < 2:
             for cell in waiting:
                 self._run_here(cell)
                 yield cell
             return
-        yield from self._side_by_side(waiting)
+        yield from run_side_by_side(self.ground, self.store, waiting, self.parallel, self.energy)
 
     def _run_here(self, cell: Cell) -> dict[str, Any]:
         key = self.keys[cell]
@@ -126,58 +121,12 @@ class Grid:
         self.store.write(key, summary, rows)
         return summary
 
-    def _side_by_side(self, waiting: list[Cell]) -> Iterator[Cell]:
-        """Each process reads the rows once, from the cache, and then runs cell after cell."""
-        with ProcessPoolExecutor(
-            min(self.parallel, len(waiting)),
-            multiprocessing.get_context("spawn"),
-            initializer=_begin,
-            initargs=(self.ground.recipe, self.store.folder.parent, self.parallel, self.energy),
-        ) as pool:
-            running = {pool.submit(_run_there, cell): cell for cell in waiting}
-            for done in as_completed(running):
-                done.result()
-                yield running[done]
-
 
 def rate_point(rows: pa.Table, lr: float) -> RatePoint:
     """A trial in two numbers: means over tasks of nats a token, and of the share of right rows."""
     sums = rows.group_by("task").aggregate([("nll", "sum"), ("tokens", "sum"), ("correct", "mean")])
     nll = pc.mean(pc.divide(sums["nll_sum"], pc.cast(sums["tokens_sum"], pa.float64())))
     return RatePoint(lr=lr, nll=nll.as_py(), correct=pc.mean(sums["correct_mean"]).as_py())
-
-
-def at_once(summary: dict[str, Any]) -> int:
-    """How many runs like the given one fit side by side; on a CPU one, for it uses all cores."""
-    if not torch.cuda.is_available():
-        return 1
-    room = torch.cuda.get_device_properties(0).total_memory * 0.85
-    each = summary["peak_memory_bytes"] * 1.15 + _CONTEXT_BYTES
-    return max(1, min(_MOST_AT_ONCE, int(room // each)))
-
-
-@dataclass(frozen=True)
-class _Process:
-    """What a process that runs cells keeps from one to the next."""
-
-    ground: Ground
-    store: CellStore
-    parallel: int
-    energy: bool
-
-
-_here: list[_Process] = []
-
-
-def _begin(recipe: Recipe, folder: Path, parallel: int, energy: bool) -> None:
-    ground = prepare_ground(recipe, Console(quiet=True))
-    _here.append(_Process(ground, CellStore(folder), parallel, energy))
-
-
-def _run_there(cell: Cell) -> None:
-    own = _here[0]
-    key = key_of(own.ground, cell)
-    own.store.write(key, *run_cell(own.ground, cell, key, own.parallel, own.energy))
 
 
 def _progress(console: Console) -> Progress:

@@ -1,0 +1,107 @@
+"""Cells side by side: processes that each run cell after cell, as many as the memory has room for.
+
+A GPU of the host that torch sees has its own processes, which see no other; they take the next cell
+as they become free. Each reads the rows once, from the cache.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from joblib.externals.loky import ProcessPoolExecutor
+from rich.console import Console
+
+from manylora.comparison.cell import Cell, Ground, prepare_ground, run_cell
+from manylora.comparison.store import CellStore, key_of
+from manylora.recipe import Recipe
+
+_MOST_ON_A_GPU = 8
+_CONTEXT_BYTES = 0.6e9  # of a process on a GPU, beside its tensors
+
+
+def at_once(summary: dict[str, Any]) -> int:
+    """How many runs like the given one fit on a GPU; on a CPU one, for it uses all cores."""
+    if not torch.cuda.is_available():
+        return 1
+    room = torch.cuda.get_device_properties(0).total_memory * 0.85
+    each = summary["peak_memory_bytes"] * 1.15 + _CONTEXT_BYTES
+    return max(1, min(_MOST_ON_A_GPU, int(room // each)))
+
+
+def gpus() -> list[str]:
+    """The GPUs that torch sees, in CUDA_VISIBLE_DEVICES' words; one empty word without any."""
+    count = torch.cuda.device_count()
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = given.split(",") if given else list(map(str, range(count)))
+    return names[:count] or [""]
+
+
+def run_side_by_side(
+    ground: Ground, store: CellStore, cells: Sequence[Cell], parallel: int, energy: bool
+) -> Iterator[Cell]:
+    """Run the cells and keep them in the store; yields each as it is finished.
+
+    parallel: runs at once on a GPU, or on the CPU where there is none.
+    """
+    waiting = iter(cells)
+    with ExitStack() as stack:
+        pools = [stack.enter_context(_pool(gpu, ground, store, parallel, energy)) for gpu in gpus()]
+        free = [pool for _ in range(parallel) for pool in pools]
+        running: dict[Future[None], tuple[Cell, Any]] = {}
+        while True:
+            for pool, cell in zip(free, waiting, strict=False):
+                running[pool.submit(_run_there, cell)] = (cell, pool)
+            if not running:
+                return
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            free = []
+            for future in done:
+                cell, pool = running.pop(future)
+                future.result()
+                free.append(pool)
+                yield cell
+
+
+@dataclass(frozen=True)
+class _Process:
+    """What a process that runs cells keeps from one to the next."""
+
+    ground: Ground
+    store: CellStore
+    parallel: int
+    energy: bool
+
+
+_here: list[_Process] = []
+
+
+def _pool(gpu: str, ground: Ground, store: CellStore, parallel: int, energy: bool) -> Any:
+    # Its environment is set before it imports torch, which reads these once.
+    threads = max(1, (os.cpu_count() or 1) // (parallel * len(gpus())))
+    environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+    if gpu:
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
+    return ProcessPoolExecutor(
+        parallel,
+        initializer=_begin,
+        initargs=(ground.recipe, store.folder.parent, parallel, energy),
+        env=environment,
+    )
+
+
+def _begin(recipe: Recipe, folder: Path, parallel: int, energy: bool) -> None:
+    ground = prepare_ground(recipe, Console(quiet=True))
+    _here.append(_Process(ground, CellStore(folder), parallel, energy))
+
+
+def _run_there(cell: Cell) -> None:
+    own = _here[0]
+    key = key_of(own.ground, cell)
+    own.store.write(key, *run_cell(own.ground, cell, key, own.parallel, own.energy))
