@@ -80,11 +80,16 @@ def write_summary(
         "train_rows": sum(row["rows"] for row in mixture),
         "device": device_name(device),
         "peak_memory_bytes": peak_memory(device),
-        "versions": {"manylora": __version__, **{name: version(name) for name in PACKAGES}},
+        "versions": versions(),
         "mixture": list(mixture),
         **measured,
     }
     (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=2), encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    """Of manylora and of the packages that a result depends on."""
+    return {"manylora": __version__, **{name: version(name) for name in PACKAGES}}
 
 
 def peak_memory(device: torch.device) -> int:

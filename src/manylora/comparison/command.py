@@ -26,13 +26,14 @@ from manylora.comparison.result import (
     MethodInfo,
 )
 from manylora.comparison.rows import Scores
+from manylora.comparison.side_by_side import gpus
 from manylora.comparison.store import CellStore
 from manylora.comparison.tables import markdown
 from manylora.comparison.verdict import verdict
 from manylora.energy import require_codecarbon
 from manylora.recipe import Recipe
 from manylora.report.comparison import write_comparison_page
-from manylora.run import device_name
+from manylora.run import device_name, versions
 from manylora.training.checkpoints import write_atomically
 
 PAGE_FILE, TABLES_FILE = "comparison.html", "comparison.md"
@@ -138,8 +139,13 @@ def _said(
         differences=apart,
         verdict=verdict(reference, infos, summaries, apart),
         settings=_settings(ground, grid),
-        device=device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        device=_device(),
     )
+
+
+def _device() -> str:
+    name = device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return name if len(gpus()) == 1 else f"{len(gpus())} x {name}"
 
 
 def _info(grid: Grid, contender: Contender, rate: float, budget: int) -> MethodInfo:
@@ -204,6 +210,8 @@ def _settings(ground: Ground, grid: Grid) -> dict[str, Any]:
         "rates": "five a method: three a factor of 4 apart, two beside the best; validation loss"
         if tuned
         else "one for all, as given",
+        "runs at once on a device": grid.parallel,
         "energy": _how_energy(grid),
         "tasks": "methods that choose a branch by task are told it",
+        "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
     }
