@@ -130,13 +130,18 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
 def load_model(
     model: str, dtype: Dtype = "float32", quantize: Quantize | None = None
 ) -> PreTrainedModel:
-    """The causal language model of `model`, in eval mode; 4bit is NF4 with bfloat16 compute."""
+    """The causal language model of `model`, in eval mode; 4bit is NF4 with bfloat16 compute.
+
+    Turns cuDNN's attention off for the process: with a mask its gradients can be NaN on an H100
+    (torch 2.11 to 2.13, pytorch issue 196678). torch's other kernels take its place.
+    """
     if dtype not in _DTYPES:
         raise BaseModelError(f"dtype={dtype!r} is not known; choose one of {', '.join(_DTYPES)}.")
     options: dict[str, Any] = {"dtype": _DTYPES[dtype]}
     if quantize is not None:
         options["quantization_config"] = _quantization(quantize)
     source, revision = _source(model)
+    torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             source, **options, **revision
