@@ -30,16 +30,16 @@ def row(tokens: int, learned: list[tuple[int, int]] | None = None, task: int = 0
     return {"input_ids": ids, "learned": spans, "task_id": task, "source": f"t.jsonl:{tokens}"}
 
 
-def test_a_padded_batch_ends_together_and_learns_only_what_is_to_be_learned() -> None:
+def test_a_padded_batch_starts_together_and_learns_only_what_is_to_be_learned() -> None:
     rows = [row(6, [(1, 2), (4, 6)], task=1), row(4)]
     batch = Collator(PAD)(rows)
     assert batch["task_ids"].tolist() == [1, 0]
     assert batch["sources"] == ["t.jsonl:6", "t.jsonl:4"]
-    assert batch["attention_mask"].tolist() == [[1] * 6, [0, 0, 1, 1, 1, 1]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5], [0, 0, 0, 1, 2, 3]]
+    assert batch["attention_mask"].tolist() == [[1] * 6, [1, 1, 1, 1, 0, 0]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 0, 0]]
     assert batch["labels"].tolist() == [
         [IGNORED, 61, IGNORED, IGNORED, 64, 65],
-        [IGNORED, IGNORED, IGNORED, IGNORED, 42, 43],
+        [IGNORED, IGNORED, 42, 43, IGNORED, IGNORED],
     ]
 
 
@@ -47,9 +47,9 @@ def test_a_packed_batch_keeps_task_and_position_of_every_token() -> None:
     batch = Collator(PAD, packing=True)([row(3, task=2), row(8, task=1), row(4, task=3)])
     assert "attention_mask" not in batch  # a 2-D mask would join what positions keep apart
     assert batch["input_ids"].shape == (2, 8)
-    assert batch["task_ids"].tolist() == [[1] * 8, [0, 3, 3, 3, 3, 2, 2, 2]]
-    assert batch["position_ids"].tolist() == [list(range(8)), [0, 0, 1, 2, 3, 0, 1, 2]]
-    assert batch["token_mask"].tolist() == [[1] * 8, [0] + [1] * 7]
+    assert batch["task_ids"].tolist() == [[1] * 8, [3, 3, 3, 3, 2, 2, 2, 0]]
+    assert batch["position_ids"].tolist() == [list(range(8)), [0, 1, 2, 3, 0, 1, 2, 0]]
+    assert batch["token_mask"].tolist() == [[1] * 8, [1] * 7 + [0]]
     assert batch["sources"] == ["t.jsonl:8", "t.jsonl:4", "t.jsonl:3"]
 
 

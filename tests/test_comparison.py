@@ -125,6 +125,7 @@ def test_a_comparison_stopped_midway_goes_on(
 
 def test_runs_side_by_side_give_what_runs_in_turn_give(recipe: Recipe, tmp_path: Path) -> None:
     turn = compared(recipe, tmp_path / "a", methods=["lora", "hydralora"], rate=1e-2)
+    recipe.train.workers = 1  # a process beside the training, as it is by default
     side = compared(recipe, tmp_path / "b", methods=["lora", "hydralora"], rate=1e-2, parallel=2)
     assert side.scores == turn.scores
 

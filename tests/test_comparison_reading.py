@@ -16,8 +16,8 @@ from peft import (
 from torch import nn
 
 from manylora.adapter.ids import branch_ids
-from manylora.comparison.reading import read, right_padded, sums_by_row
-from manylora.comparison.trainer import has_own_tokens
+from manylora.comparison.reading import read, sums_by_row
+from manylora.comparison.trainer import has_own_tokens, prepared
 from manylora.corpus.batches import Collator, Row
 from manylora.evaluate.answers import Question, score_answers
 from tiny import attach, tiny_llama
@@ -91,21 +91,16 @@ def test_methods_with_tokens_of_their_own_read_a_row_the_same_alone_and_in_a_bat
     model = get_peft_model(tiny_llama(), config)
     assert has_own_tokens(model)
     moved(model)
-    together = sums_by_row(read(model, right_padded(batch())))
+
+    def read_rows(rows: list[Row]) -> tuple[torch.Tensor, ...]:
+        inputs, _ = prepared(Collator(pad_token_id=0)(rows), use_ids=False, before_text=True)
+        return sums_by_row(read(model, inputs))
+
+    together = read_rows(ROWS)
     for place, row in enumerate(ROWS):
-        alone = sums_by_row(read(model, right_padded(batch([row]))))
+        alone = read_rows([row])
         assert alone[0].item() == together[0][place]
         assert alone[1].item() == pytest.approx(together[1][place].item(), abs=1e-5)
-
-
-def test_right_padding_moves_rows_and_changes_nothing_else() -> None:
-    left, right = batch(), right_padded(batch())
-    for place, row in enumerate(ROWS):
-        size = len(row["input_ids"])
-        assert right["input_ids"][place, :size].tolist() == row["input_ids"]
-        assert right["attention_mask"][place].tolist() == [1] * size + [0] * (9 - size)
-        assert right["labels"][place, :size].tolist() == left["labels"][place, 9 - size :].tolist()
-    assert "position_ids" not in right
 
 
 def test_the_loss_is_the_mean_over_answer_tokens_or_over_those_of_the_step() -> None:

@@ -79,20 +79,3 @@ def sums_by_row(answers: Answers) -> tuple[Tensor, Tensor, Tensor]:
     nll = zero.index_add(0, rows.cpu(), answers.losses.detach().double().cpu())
     wrong = zero.index_add(0, rows.cpu(), (~answers.right).double().cpu())
     return tokens.cpu(), nll, wrong == 0
-
-
-def right_padded(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The batch with its padding on the right instead of the left.
-
-    For methods whose own tokens stand in front: they take no position ids, and padding between
-    those tokens and the text would move the text away from them.
-    """
-    lengths = inputs["attention_mask"].sum(1)
-    width = inputs["attention_mask"].shape[1]
-    places = torch.arange(width, device=lengths.device)
-    moved = (places[None] + (width - lengths)[:, None]) % width
-    turned = {
-        name: inputs[name].gather(1, moved) for name in ("input_ids", "attention_mask", "labels")
-    }
-    rest = {name: value for name, value in inputs.items() if name not in turned}
-    return {**{name: value for name, value in rest.items() if name != "position_ids"}, **turned}

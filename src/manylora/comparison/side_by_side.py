@@ -6,6 +6,7 @@ as they become free. Each reads the rows once, from the cache.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -97,6 +98,8 @@ def _pool(gpu: str, ground: Ground, store: CellStore, parallel: int, energy: boo
 
 
 def _begin(recipe: Recipe, folder: Path, parallel: int, energy: bool) -> None:
+    # loky leaves its own way of starting processes here, which torch's data loader does not know.
+    multiprocessing.set_start_method(None, force=True)
     ground = prepare_ground(recipe, Console(quiet=True))
     _here.append(_Process(ground, CellStore(folder), parallel, energy))
 

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback
 
 from manylora.adapter.ids import token_mask
 from manylora.adapter.training import ManyLoraTrainerMixin
-from manylora.comparison.reading import read, right_padded
+from manylora.comparison.reading import read
 from manylora.corpus import DrawOrder
 from manylora.training.trainer import MixtureSampler
 
@@ -71,7 +71,9 @@ def prepared(
     mask: Tensor = inputs["token_mask"]
     if use_ids:
         left["branch_ids"] = inputs["task_ids"]
-    return (right_padded(left) if before_text else left), mask
+    if before_text:
+        left.pop("position_ids")  # PEFT counts the method's own tokens too
+    return left, mask
 
 
 def has_own_tokens(model: PeftModel) -> bool:

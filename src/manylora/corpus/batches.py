@@ -88,8 +88,9 @@ class Collator:
             "task_ids": torch.zeros(shape, dtype=torch.long),
         }
         for line, group in enumerate(groups):
-            # On the left, so that answers end together and a cache could go on from there.
-            start = longest - sum(len(rows[i]["input_ids"]) for i in group)
+            # Padding on the right: on the left it would be queries that may attend to nothing, for
+            # which some attention kernels on GPUs give NaN, and 0 x NaN spoils the other tokens.
+            start = 0
             for i in group:
                 start = _put(batch, line, start, rows[i])
         sources = [rows[i]["source"] for group in groups for i in group]
