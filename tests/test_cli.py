@@ -137,6 +137,35 @@ def test_eval_scores_again(routed: Path) -> None:
     assert (routed / "scores.json").read_text() == before
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--limit", 3, "--base"], "--limit and --base are for benchmarks alone; name them with"),
+        (["--data-dir", "bench"], "--data-dir is for benchmarks alone"),
+        (["--samples", 10], "--samples is for programs that the model writes; add --allow-code"),
+        (["--temperature", 0.5], "--temperature is for programs that the model writes"),
+        (["--allow-code", "--temperature", 0], "temperature=0.0: give more than 0"),
+        (["--tasks", "boolq", "--temperature", 0.5], "--temperature is for the run's own rows"),
+    ],
+)
+def test_eval_refuses_options_that_would_change_nothing(
+    routed: Path, options: list[object], message: str
+) -> None:
+    before = (routed / "scores.json").read_bytes()
+    done = command("eval", routed, *options)
+    assert done.returncode == 1
+    assert message in " ".join(done.stderr.split())
+    assert (routed / "scores.json").read_bytes() == before
+
+
+def test_eval_says_where_there_are_no_tests_to_run(routed: Path) -> None:
+    before = (routed / "scores.json").read_text()
+    done = command("eval", routed, "--allow-code", "--samples", 10)
+    assert done.returncode == 0, done.stderr
+    assert "no held-out row has tests" in " ".join(done.stderr.split())
+    assert (routed / "scores.json").read_text() == before
+
+
 def test_router_export_is_refused_with_the_alternative(make_recipe: Callable[..., Recipe]) -> None:
     run = train(make_recipe(method="hydralora"))
     done = command("export", run)

@@ -24,6 +24,7 @@ from manylora.train import train
 from manylora.training import clusters
 from manylora.training.keeping import RunError
 from manylora.training.trainer import RunTrainer
+from test_cli import command
 from test_ranks import both
 
 pytest_plugins = ("clustered",)
@@ -69,6 +70,39 @@ def test_a_run_is_scored_again_with_its_own_clusters(
     shutil.rmtree(moved / "discovery")
     with pytest.raises(ValueError, match="not there any more"):
         evaluate_run(moved, quiet())
+
+
+def test_data_of_a_run_shows_its_own_clusters(
+    one_hot: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = one_hot / "discovery" / "discovery.json"
+    found = json.loads(kept.read_text())
+    for cluster in found["clusters"]:
+        cluster["name"] += "_of_this_run"
+    kept.write_text(json.dumps(found))
+    monkeypatch.setattr(clusters, "_discovered", lambda *args: pytest.fail("looked again"))
+    done = command("data", one_hot, "mixture=balanced")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("33.3%") == len(TASKS)
+    for name in read_discovery(one_hot / "discovery").names:
+        assert name.endswith("_of_this_run")
+        assert f"{name}, all.jsonl:" in done.stdout
+    assert f"{one_hot / 'discovery'}: 3 clusters in" in " ".join(done.stderr.split())
+    shutil.rmtree(one_hot / "discovery")
+    done = command("data", one_hot)
+    assert done.returncode == 1 and "not there any more" in " ".join(done.stderr.split())
+
+
+def test_data_of_a_run_with_other_rows_looks_for_their_clusters(
+    one_hot: Path, tmp_path: Path
+) -> None:
+    other = write(tmp_path / "other.jsonl", [*rows_of("sum", 40), *rows_of("city", 40)])
+    done = command("data", one_hot, f"data={other}", "discovery.clusters=2")
+    assert done.returncode == 0, done.stderr
+    assert "2 clusters in" in done.stderr and str(one_hot / "discovery") not in done.stderr
+    assert "all.jsonl" not in done.stdout
+    named = command("data", one_hot, "tasks=named")
+    assert named.returncode == 0 and "all, all.jsonl:" in named.stdout
 
 
 def test_auto_becomes_the_number_of_clusters_in_the_saved_recipe(make: Make) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from contending import named
 from manylora.recipe import load_recipe
 from test_cli import command
 
@@ -49,6 +50,25 @@ def test_init_writes_a_recipe_that_data_and_train_take(
     more = ["train.max_steps=2", "evaluate.rows_per_task=2", f"output={tmp_path / 'run'}"]
     done = command("train", file, *small, *more)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_recipe_from_init_leaves_each_method_its_own_shape(
+    talks: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.yaml"
+    done = command("init", talks, "--output", file, "--model", tiny_folder)
+    assert done.returncode == 0, done.stderr
+    recipe = load_recipe(file)
+    methods = ["lora", "multilora", "hydralora", "rslora"]
+    said = recipe.adapter.model_dump(exclude_unset=True)
+    alphas = {each.name: each.config.lora_alpha for each in named(*methods, **said)}
+    ours = {each.name: each.config.lora_alpha for each in named(*methods)}
+    assert alphas == ours
+    assert len(set(alphas.values())) > 1  # of different ranks, so one alpha would favour some
+    trained = recipe.config(tasks=2)
+    assert (trained.lora_alpha, trained.r, trained.branches_of().count) == (16, 8, 3)
+    lora = load_recipe(file, ["adapter.method=lora"]).config(tasks=2)
+    assert (lora.lora_alpha, lora.branches_of().count) == (16, 1)
 
 
 def test_init_does_not_overwrite(talks: Path, tmp_path: Path) -> None:

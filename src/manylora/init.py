@@ -25,6 +25,7 @@ _TEMPLATE = """\
 # A recipe of manylora. Run it:            manylora train {file}
 # See what it would train on:              manylora data {file}
 # See what would go wrong, and the memory: manylora doctor {file}
+# Compare methods at equal parameters:     manylora compare {file} validation=0.05
 # Any key can be changed on the command line, as in train.epochs=1.
 
 model: {model}   # or owner/name@revision, a folder, a .gguf file
@@ -35,6 +36,7 @@ model: {model}   # or owner/name@revision, a folder, a .gguf file
 {fields}
 # tasks: discovered              # clusters of alike prompts; or a folder of `manylora discover`
 # on_bad_row: skip               # default refuse: a row that cannot be used stops the run
+# validation: 0.05               # share of the training rows kept apart; `compare` needs it
 mixture: {mixture}   # proportional, balanced, {{temperature: 2}}, {{weights: {{TASK: 1.0}}}}
 max_length: {max_length}   # tokens; {longest}
 # packing: true                  # several short rows in one: faster where lengths differ
@@ -42,8 +44,8 @@ max_length: {max_length}   # tokens; {longest}
 adapter:
   method: hydralora              # lora, lora_split, multilora, lora_moe, branch_per_cluster
   r: 8                           # rank of each branch
-  num_branches: 3                # or auto: as many as the prompts have clusters
-  lora_alpha: 16
+  # num_branches: 3              # the default; auto: as many as the prompts have clusters
+  # lora_alpha: 16               # the default; given here, `compare` holds all methods to it
   lora_dropout: 0.0
 
 train:

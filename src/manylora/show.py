@@ -1,4 +1,4 @@
-"""`manylora data`: what a run would train on, before it is run.
+"""`manylora data`: what a run would train on, before it is run, or has trained on.
 
 The mixture, the columns that are not read, and some rows as the model gets them: token by token,
 with what is learned marked.
@@ -17,20 +17,30 @@ from transformers import PreTrainedTokenizerBase
 from manylora.base import load_tokenizer
 from manylora.corpus import CorpusError, Encoded, Encoder, mixture_table, print_mixture
 from manylora.corpus.readers import files_not_read
+from manylora.discovery.show import headline
 from manylora.recipe import Recipe
 from manylora.training.clusters import settle
 from manylora.training.prepare import fitting, read_corpus
 
 
 def show_data(
-    recipe: Recipe, out: Console, notes: Console, task: str | None = None, row: int = 0
+    recipe: Recipe,
+    out: Console,
+    notes: Console,
+    task: str | None = None,
+    row: int = 0,
+    kept: Path | None = None,
 ) -> None:
     """Print the mixture and one training row of `task` (default: of every task).
 
-    row: its number among the task's training rows, from 0. notes: for what is left out.
+    row: its number among the task's training rows, from 0. notes: for what is left out. kept: the
+    discovery of a run, whose clusters are shown.
     """
-    settled = settle(recipe, read_corpus(recipe, notes), notes)
+    settled = settle(recipe, read_corpus(recipe, notes), notes, kept)
     recipe, corpus = settled.recipe, settled.corpus
+    if kept is not None and settled.found is not None:
+        said = f"{kept}: {headline(settled.found)} ({settled.found.chosen_by})"
+        notes.print(said, markup=False, highlight=False, soft_wrap=True)
     tokenizer = load_tokenizer(recipe.model)
     encoder = Encoder(tokenizer, recipe.max_length)
     train = {name: fitting(name, corpus.train[name], encoder, notes) for name in corpus.tasks}

@@ -47,9 +47,12 @@ def data(
     """Show the mixture, and rows as tokens with what is learned marked."""
     from manylora.recipe import load_recipe
     from manylora.show import show_data
+    from manylora.training.clusters import kept_for
 
     path, changes = recipe_and_changes(recipe, changes)
-    show_data(load_recipe(path, changes), Console(highlight=False), console, task, row)
+    loaded = load_recipe(path, changes)
+    kept = kept_for(loaded, path) if path is not None and path.is_dir() else None
+    show_data(loaded, Console(highlight=False), console, task, row, kept)
 
 
 @app.command()

@@ -36,12 +36,17 @@ from manylora.discovery.result import (
     read_discovery,
 )
 from manylora.discovery.show import headline
-from manylora.recipe import AUTO, Recipe, RecipeError
+from manylora.recipe import AUTO, Recipe, RecipeError, load_recipe
 
 if TYPE_CHECKING:  # loads scikit-learn, which most runs do without
     from manylora.discovery.folder import Assignments
 
 KEPT = "discovery"
+# What decides which rows there are and the cluster of each.
+_DECIDES = (
+    *("data", "fields", "on_bad_row", "holdout", "validation", "seed"),
+    *("tasks", "discovery", "model"),
+)
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,13 @@ def keep(folder: Path, written: Path) -> None:
     for name in (DISCOVERY_FILE, ASSIGNMENTS_FILE, PAGE_FILE):
         if (folder / name).is_file():
             shutil.copyfile(folder / name, written / KEPT / name)
+
+
+def kept_for(recipe: Recipe, run: Path) -> Path | None:
+    """RUN/discovery, for a recipe that is the run's; None where changes ask for other clusters."""
+    own = load_recipe(run)
+    same = all(getattr(own, key) == getattr(recipe, key) for key in _DECIDES)
+    return run / KEPT if same and needs_discovery(own) else None
 
 
 def _folder(recipe: Recipe, corpus: Corpus, console: Console, kept: Path | None) -> Path:
