@@ -12,6 +12,8 @@ written from the papers is the reference in the tests. Faster kernels replace `b
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -62,9 +64,16 @@ def fold_scale(B: Tensor, branches: Branches, scale: Tensor | None) -> Tensor:
 
 def owners(branches: Branches, like: Tensor) -> Tensor:
     """(N, sum of ranks): 1 where a column belongs to a branch. Only uneven ranks need it."""
-    ranks = torch.tensor(branches.ranks, device=like.device)
-    column = torch.arange(branches.count, device=like.device).repeat_interleave(ranks)
-    return (column == torch.arange(branches.count, device=like.device).unsqueeze(1)).to(like.dtype)
+    return _owners(branches.ranks, like.device, like.dtype)
+
+
+@cache
+def _owners(ranks: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    # Kept, because making it waits for the GPU; and outside of inference mode, since what is made
+    # in it takes no part in a backward pass.
+    with torch.inference_mode(False):
+        column = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks))
+        return F.one_hot(column, len(ranks)).T.to(device, dtype)
 
 
 def _mix(h: Tensor, branches: Branches, weights: Tensor | None) -> Tensor:

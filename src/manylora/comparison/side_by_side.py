@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from joblib.externals.loky import ProcessPoolExecutor
 from rich.console import Console
+from transformers.utils.logging import disable_progress_bar
 
 from manylora.comparison.cell import Cell, Ground, prepare_ground, run_cell
 from manylora.comparison.store import CellStore, key_of
@@ -100,6 +101,7 @@ def _pool(gpu: str, ground: Ground, store: CellStore, parallel: int, energy: boo
 def _begin(recipe: Recipe, folder: Path, parallel: int, energy: bool) -> None:
     # loky leaves its own way of starting processes here, which torch's data loader does not know.
     multiprocessing.set_start_method(None, force=True)
+    disable_progress_bar()
     ground = prepare_ground(recipe, Console(quiet=True))
     _here.append(_Process(ground, CellStore(folder), parallel, energy))
 
