@@ -31,7 +31,7 @@ from manylora.corpus import Collator, Corpus, DrawOrder, Encoder, Rows, dataset_
 from manylora.energy import energy_meter
 from manylora.precision import autocast
 from manylora.recipe import Recipe
-from manylora.run import peak_memory
+from manylora.run import device_name, peak_memory, versions
 from manylora.train import training_arguments
 from manylora.training.clusters import settle
 from manylora.training.out_of_memory import Batch
@@ -139,6 +139,8 @@ def run_cell(
         "train_seconds": trained,
         "seconds": time.perf_counter() - started,
         "peak_memory_bytes": peak_memory(device),
+        "device": device_name(device),
+        "versions": versions(),
         "energy": None if meter is None else asdict(meter.energy),
     }
     same = {

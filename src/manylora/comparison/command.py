@@ -11,7 +11,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from rich.console import Console
 
 from manylora.base import load_model
@@ -26,14 +25,13 @@ from manylora.comparison.result import (
     MethodInfo,
 )
 from manylora.comparison.rows import Scores
-from manylora.comparison.side_by_side import gpus
 from manylora.comparison.store import CellStore
 from manylora.comparison.tables import markdown
 from manylora.comparison.verdict import verdict
+from manylora.corpus import Data
 from manylora.energy import require_codecarbon
 from manylora.recipe import Recipe
 from manylora.report.comparison import write_comparison_page
-from manylora.run import device_name, versions
 from manylora.training.checkpoints import write_atomically
 
 PAGE_FILE, TABLES_FILE = "comparison.html", "comparison.md"
@@ -139,13 +137,8 @@ def _said(
         differences=apart,
         verdict=verdict(reference, infos, summaries, apart),
         settings=_settings(ground, grid),
-        device=_device(),
+        device=" and ".join(_seen(grid, "device")),
     )
-
-
-def _device() -> str:
-    name = device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    return name if len(gpus()) == 1 else f"{len(gpus())} x {name}"
 
 
 def _info(grid: Grid, contender: Contender, rate: float, budget: int) -> MethodInfo:
@@ -172,27 +165,40 @@ def _info(grid: Grid, contender: Contender, rate: float, budget: int) -> MethodI
 
 
 def _mean_energy(summaries: Sequence[dict[str, Any]]) -> dict[str, float] | None:
-    """Of the runs whose energy was measured."""
-    measured = [summary["energy"]["kwh"] for summary in summaries if summary["energy"]]
+    """Of the runs whose energy was measured, kWh by part.
+
+    Of what a counter gives for all that ran on a device, a run gets an even share.
+    """
+    measured = [summary["energy"] for summary in summaries if summary["energy"]]
     if not measured:
         return None
-    return {part: sum(one[part] for one in measured) / len(measured) for part in measured[0]}
+    return {
+        part: sum(
+            one["kwh"][part] / (one["parallel"] if one["covers"][part] == "machine" else 1)
+            for one in measured
+        )
+        / len(measured)
+        for part in measured[0]["kwh"]
+    }
 
 
 def _how_energy(grid: Grid) -> str:
     """What is measured and what estimated, as the first run says it."""
-    found = (grid.store.summary(key) for key in grid.keys.values())
-    energy = next((one["energy"] for one in found if one and one["energy"]), None)
-    if energy is None:
+    found = [grid.store.summary(key) for key in grid.keys.values()]
+    energies = [one["energy"] for one in found if one and one["energy"]]
+    if not energies:
         return "not measured"
+    energy = energies[0]
     parts = [
         f"{part} {'measured' if energy['measured'][part] else 'estimated'} ({how}; {covers})"
         for part, how, covers in zip(
             energy["how"], energy["how"].values(), energy["covers"].values(), strict=True
         )
     ]
-    beside = f"; {energy['parallel']} runs side by side" if energy["parallel"] > 1 else ""
-    return ", ".join(parts) + beside
+    beside = max(energy["parallel"] for energy in energies)
+    if beside > 1:
+        parts.append(f"up to {beside} runs side by side, each with an even share of 'machine'")
+    return ", ".join(parts)
 
 
 def _settings(ground: Ground, grid: Grid) -> dict[str, Any]:
@@ -200,7 +206,7 @@ def _settings(ground: Ground, grid: Grid) -> dict[str, Any]:
     tuned = any(cell.stage == "rate" for cell in grid.keys)
     return {
         "model": recipe.model,
-        "data": str(recipe.data),
+        "data": _named(recipe.data),
         "training rows": sum(map(len, ground.train.values())),
         "validation rows": sum(map(len, ground.validation.values())),
         "held-out rows": sum(map(len, ground.test.values())),
@@ -210,8 +216,27 @@ def _settings(ground: Ground, grid: Grid) -> dict[str, Any]:
         "rates": "five a method: three a factor of 4 apart, two beside the best; validation loss"
         if tuned
         else "one for all, as given",
-        "runs at once on a device": grid.parallel,
         "energy": _how_energy(grid),
         "tasks": "methods that choose a branch by task are told it",
-        "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
+        "versions": "; ".join(
+            ", ".join(f"{name} {number}" for name, number in seen.items())
+            for seen in _seen(grid, "versions")
+        ),
     }
+
+
+def _named(data: Data) -> str:
+    """Names without the folders that they are in on this machine."""
+    if isinstance(data, dict):
+        return ", ".join(f"{task}: {Path(file).name}" for task, file in data.items())
+    return ", ".join(Path(file).name for file in ([data] if isinstance(data, str) else data))
+
+
+def _seen(grid: Grid, what: str) -> list[Any]:
+    """The values that the runs' summaries give, each once."""
+    found: list[Any] = []
+    for key in grid.keys.values():
+        value = (grid.store.summary(key) or {})[what]
+        if value not in found:
+            found.append(value)
+    return found

@@ -1,7 +1,8 @@
 """Finished cells on disk: DIR/cells/KEY.json and KEY.parquet.
 
-KEY is a hash of all that the result depends on, so a cell is run once however often the comparison
-is started, and never mistaken for one of other data or another recipe.
+KEY is a hash of the data, the recipe and the method, so a cell is run once however often the
+comparison is started, and never mistaken for another. Each says on what device and with what
+versions it was run, and the comparison names all of them.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def key_of(ground: Ground, cell: Cell) -> str:
         ground.content,
         recipe,
         cell.contender.name,
-        None if config is None else config.to_dict(),
+        None if config is None else config.to_dict() | {"peft_version": None},
         [cell.lr, cell.seed, cell.stage],
     ]
     text = json.dumps(values, sort_keys=True, default=_plain)
