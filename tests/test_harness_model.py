@@ -197,6 +197,44 @@ def test_a_run_keeps_its_benchmarks_and_adds_to_them(
     assert alone["tasks"]["boolq_0shot"]["n"] == 3
 
 
+@pytest.mark.parametrize("method", ["hydralora", "branch_per_cluster"])
+def test_the_base_model_is_measured_on_the_same_questions(
+    tiny_folder: Path, tmp_path: Path, method: str
+) -> None:
+    bench, told = write_bench(tmp_path / "bench", 12, ["anatomy"], ["navigate"]), quiet()
+    options: dict[str, Any] = {"data_dir": bench, "batch_size": 4}
+    names = ["cb", "sglue_rte", "mmlu_anatomy"]
+    model, tokenizer = adapted(tiny_folder, method)
+    if method == "branch_per_cluster":
+        model.peft_config["default"].branch_selector = selector(tokenizer)
+        options["task"] = "law"
+    plain = AutoModelForCausalLM.from_pretrained(tiny_folder).eval()
+    both = evaluate_benchmarks((model, tokenizer), names, told, base=True, **options)
+    alone = evaluate_benchmarks((model, tokenizer), names, told, **options)
+    options["task"] = None
+    theirs = evaluate_benchmarks((plain, tokenizer), names, told, **options)
+    assert list(both["tasks"]) == list(alone["tasks"]) == list(theirs["tasks"])
+    for name, entry in both["tasks"].items():
+        assert entry["metrics"] == alone["tasks"][name]["metrics"]
+        assert entry["base"]["metrics"] == theirs["tasks"][name]["metrics"]
+        for metric, (mean, low, high) in entry["difference"]["metrics"].items():
+            gain = entry["metrics"][metric][0] - entry["base"]["metrics"][metric][0]
+            assert mean == pytest.approx(gain)
+            assert low <= mean <= high
+    base_values = [row["base_value"] for row in both["examples"]]
+    assert base_values == [row["value"] for row in theirs["examples"]]
+    assert any(row["base_value"] != row["value"] for row in both["examples"])
+    assert {row["base_value"] for row in alone["examples"]} == {None}
+
+
+def test_a_model_without_adapter_has_no_base_model(tiny_folder: Path, tmp_path: Path) -> None:
+    bench = write_bench(tmp_path / "bench", 2, ["anatomy"], ["navigate"])
+    plain = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    pair = (plain, AutoTokenizer.from_pretrained(tiny_folder))
+    with pytest.raises(ValueError, match="a LlamaForCausalLM has no adapter to do without"):
+        evaluate_benchmarks(pair, ["boolq"], quiet(), data_dir=bench, base=True)
+
+
 def test_a_prompt_that_loses_its_beginning_is_told(tiny_folder: Path, tmp_path: Path) -> None:
     bench, told = write_bench(tmp_path / "bench", 2, ["anatomy"], ["navigate"]), quiet()
     pair = adapted(tiny_folder, "hydralora")

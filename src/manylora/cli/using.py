@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -32,23 +33,38 @@ def evaluate(
         bool, typer.Option("--allow-code", help="Run programs that the model writes.")
     ] = False,
     samples: Annotated[
-        int, typer.Option(min=1, help="Programs a problem of humaneval; 10 gives pass@10.")
+        int, typer.Option(min=1, help="Programs written for each problem; 10 gives pass@10.")
     ] = 1,
+    temperature: Annotated[
+        float | None, typer.Option(help="At which they are drawn; default 0.2 for several.")
+    ] = None,
+    base: Annotated[
+        bool, typer.Option("--base", help="Benchmarks without the adapter too; twice the time.")
+    ] = False,
     task: Annotated[str | None, typer.Option(help="The task whose branch answers.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Of benchmarks.")] = 16,
 ) -> None:
     """Score a run on its held-out rows again, or with --tasks on benchmarks."""
+    from manylora.report.page import PAGE_FILE, write_report
+
     if tasks is None:
         from manylora.evaluate.held_out import evaluate_run
+        from manylora.evaluate.programs import Programs
         from manylora.evaluate.table import print_scores
-        from manylora.report.page import write_report
 
-        evaluate_run(run, console)
+        given = {"data-dir": data_dir, "shots": shots, "limit": limit, "task": task}
+        _refuse({**given, "base": base or None}, "for benchmarks alone; name them with --tasks")
+        sampled = {"samples": None if samples == 1 else samples, "temperature": temperature}
+        if not allow_code:
+            _refuse(sampled, "for programs that the model writes; add --allow-code to run them")
+        evaluate_run(run, console, Programs(samples, temperature) if allow_code else None)
         write_report(run)
         print_scores(run, Console())
         return
-    from manylora.evaluate.harness.run import evaluate_benchmarks, print_benchmarks
+    from manylora.evaluate.harness.run import evaluate_benchmarks
+    from manylora.evaluate.harness.table import print_benchmarks
 
+    _refuse({"temperature": temperature}, "for the run's own rows; benchmarks have their own")
     results = evaluate_benchmarks(
         run,
         [name.strip() for name in tasks.split(",") if name.strip()],
@@ -60,9 +76,20 @@ def evaluate(
         allow_code=allow_code,
         samples=samples,
         task=task,
+        base=base,
     )
+    if (run / PAGE_FILE).is_file():
+        write_report(run)
     print_benchmarks(results, Console())
     console.print(f"{run}: benchmarks.json, benchmarks.parquet", highlight=False)
+
+
+def _refuse(options: Mapping[str, object], why: str) -> None:
+    """Options that would change nothing, given all the same."""
+    given = [f"--{name}" for name, value in options.items() if value is not None]
+    if given:
+        is_ = "is" if len(given) == 1 else "are"
+        raise ValueError(f"{' and '.join(given)} {is_} {why}")
 
 
 @app.command()

@@ -10,17 +10,20 @@ upper and lower case taken as one:
 
 A column that `Fields` names is taken as named. Where `Fields` names the prompt or the messages,
 only the columns that it names, and the answer, are read. Two columns that could be the same thing
-are an error that shows how to say which one is meant; nothing is guessed.
+are an error that shows how to say which one is meant; nothing is guessed. Tests of code, which are
+kept and not learned, have columns of their own (code_tests.py).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from manylora.corpus.code_tests import columns_of_tests
 
 MESSAGES = ("messages", "conversations", "conversation", "dialog", "dialogue", "chat")
 PROMPTS = ("instruction", "prompt", "query", "question", "problem")
@@ -55,6 +58,8 @@ class Example:
     messages: list[Message]
     source: str
     """Where the row stands, as "file.jsonl:17"."""
+    tests: str = ""
+    """Python that asserts something of the answer, which is code; never learned from."""
 
     @property
     def answered(self) -> bool:
@@ -102,7 +107,10 @@ class Fields(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The columns that are read: messages, or prompt and output with what belongs to them."""
+    """The columns that are read: messages, or prompt and output with what belongs to them.
+
+    tests: those that hold tests of the answer.
+    """
 
     messages: str | None = None
     prompt: str | None = None
@@ -111,10 +119,12 @@ class Layout:
     input: str | None = None
     system: str | None = None
     history: str | None = None
+    tests: tuple[str, ...] = ()
 
     @property
     def columns(self) -> list[str]:
-        return [column for column in (*self.needed, *self.optional) if column is not None]
+        every = (*self.needed, *self.optional, *self.tests)
+        return [column for column in every if column is not None]
 
     def __str__(self) -> str:
         parts = (self.messages, self.prompt, self.input, self.output)
@@ -129,7 +139,8 @@ class Layout:
             if mine and theirs and mine != theirs:
                 return None
             optional.append(mine or theirs)
-        return Layout(*self.needed, *optional)
+        given, system, history = optional
+        return replace(self, input=given, system=system, history=history)
 
     @property
     def needed(self) -> tuple[str | None, ...]:
@@ -142,6 +153,12 @@ class Layout:
 
 def find_layout(columns: Sequence[str], fields: Fields, answered: bool = True) -> Layout:
     """What each column is; RowError when that is not clear. `answered`: an answer is needed."""
+    layout = _find(columns, fields, answered)
+    taken = (*layout.columns, *fields.named)
+    return replace(layout, tests=columns_of_tests(columns, taken))
+
+
+def _find(columns: Sequence[str], fields: Fields, answered: bool) -> Layout:
     _check_named(columns, fields, answered)
     named = fields.named
     free = [column for column in _among(columns, _KNOWN) if column not in named]

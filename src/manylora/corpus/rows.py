@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from manylora.corpus.code_tests import code_tests
 from manylora.corpus.layouts import (
     CorpusError,
     Example,
@@ -51,6 +52,7 @@ class RowReader:
         self.unread: set[str] = set()
         """Columns that are not read, of all rows so far; the first 1,000 of them."""
         self._named: set[str] = set()
+        self._tests: dict[str, bool] = {}  # columns of tests: whether some row has tests in it
         self._layout: Layout | None = None
         self._layouts: dict[tuple[str, ...], Layout] = {}
 
@@ -62,12 +64,13 @@ class RowReader:
             name = layout.task
             task = self.task if name is None else task_name(row[name], named(name))
             messages = self._messages(row, layout)
+            tests = self._code_tests(row, layout)
         except RowError as error:
             raise CorpusError(f"{self.file}:{place}: {error}") from None
         if self._layout is None:
             self._layout = layout
             self._layouts = {columns: layout}
-        return Example(task, messages, f"{self.source}:{place}")
+        return Example(task, messages, f"{self.source}:{place}", tests)
 
     def header(self, columns: Sequence[str]) -> Layout:
         """The layout of a format that has its columns' names before its rows."""
@@ -81,6 +84,7 @@ class RowReader:
 
     def finish(self) -> None:
         """To be called after the last row: columns named in the recipe must have been there."""
+        self.unread.update(name for name, found in self._tests.items() if not found)
         if self._layout is None:
             return
         try:
@@ -110,6 +114,12 @@ class RowReader:
         if len(self.unread) < KEPT:
             read = layout.columns
             self.unread.update([name for name in columns if name not in read][:KEPT])
+
+    def _code_tests(self, row: dict[str, object], layout: Layout) -> str:
+        tests = code_tests(row, layout.tests) if layout.tests else ""
+        for name in layout.tests:
+            self._tests[name] = self._tests.get(name, False) or bool(tests)
+        return tests
 
     def _messages(self, row: dict[str, object], layout: Layout) -> list[Message]:
         messages: list[Message] = []

@@ -26,7 +26,7 @@ from filelock import FileLock
 
 from manylora.corpus.layouts import CorpusError, Example
 
-FORMAT = 1
+FORMAT = 2
 SHOWN = 10
 _DAYS_KEPT = 30
 _FLUSH_ROWS, _FLUSH_BYTES = 16384, 16_000_000
@@ -38,6 +38,7 @@ _SCHEMA = pa.schema(
         ("source", pa.string()),
         ("turns", pa.int32()),
         ("key", pa.uint64()),  # of the prompt's text; equal for the same question
+        ("tests", pa.large_string()),  # of code; no part of `content`, as nothing learns from them
     ]
 )
 
@@ -76,6 +77,7 @@ class Store:
             self.tasks[table.column("task")[row].as_py()],
             json.loads(table.column("messages")[row].as_py()),
             table.column("source")[row].as_py(),
+            table.column("tests")[row].as_py(),
         )
 
 
@@ -207,7 +209,7 @@ class _Intake:
                 continue
             rows.append(self._values(item))
             self.content.update(f"{item.task}\0{rows[-1][1]}\0".encode())
-            size += len(rows[-1][1])
+            size += len(rows[-1][1]) + len(item.tests)
             if len(rows) == _FLUSH_ROWS or size > _FLUSH_BYTES:
                 yield [list(column) for column in zip(*rows, strict=True)]
                 rows, size = [], 0
@@ -216,7 +218,7 @@ class _Intake:
             yield [list(column) for column in zip(*rows, strict=True)]
         count(read)
 
-    def _values(self, example: Example) -> tuple[int, str, str, int, int]:
+    def _values(self, example: Example) -> tuple[int, str, str, int, int, str]:
         messages = example.messages
         question = " ".join([message["content"] for message in messages[:-1]])
         plain = " ".join(question.split()).casefold().encode()
@@ -226,6 +228,7 @@ class _Intake:
             example.source,
             len(messages),
             int.from_bytes(hashlib.blake2b(plain, digest_size=8).digest(), "big"),
+            example.tests,
         )
 
 

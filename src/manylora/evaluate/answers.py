@@ -116,6 +116,14 @@ def _one(logits: Tensor, answer: list[int]) -> AnswerScore:
     return AnswerScore(float(likelihood), len(answer), bool((predicted.argmax(-1) == wanted).all()))
 
 
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How answers are drawn, where they are not the likeliest ones."""
+
+    temperature: float
+    top_p: float
+
+
 @torch.inference_mode()
 def generate_answers(
     model: Model,
@@ -125,10 +133,12 @@ def generate_answers(
     max_new_tokens: int | Sequence[int],
     batch_size: int = 16,
     ids: Sequence[int] | None = None,
+    sampling: Sampling | None = None,
 ) -> list[list[int]]:
     """Greedy answers as token ids, without the end of turn.
 
-    max_new_tokens: one limit, or one for each prompt. ids: a branch id for each prompt.
+    max_new_tokens: one limit, or one for each prompt. ids: a branch id for each prompt. sampling:
+    draw the answers instead, from torch's own random numbers.
     """
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     answers: list[list[int]] = [[] for _ in prompts]
@@ -143,14 +153,14 @@ def generate_answers(
             output = generate(
                 input_ids=tokens,
                 attention_mask=mask,
-                do_sample=False,
+                do_sample=sampling is not None,
                 num_beams=1,
                 max_new_tokens=max(limits[i] for i in batch),
                 pad_token_id=pad_token_id,
                 eos_token_id=eos_token_ids,
-                temperature=None,
-                top_p=None,
-                top_k=None,
+                temperature=None if sampling is None else sampling.temperature,
+                top_p=None if sampling is None else sampling.top_p,
+                top_k=None if sampling is None else 0,
             )
         for place, i in enumerate(batch):
             new = output[place, tokens.shape[1] :].tolist()[: limits[i]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from manylora.corpus import Corpus, Encoder
+from manylora.evaluate.programs import Programs, own_answers_that_fail
 from manylora.evaluate.scores import HeldOut, Metrics, held_out, score_tasks, write_scores
 from manylora.inspect.routing import RoutingMeter, write_routing
 from manylora.precision import autocast
@@ -21,7 +23,10 @@ from manylora.training.validation import eval_mode
 
 @dataclass
 class Scorer:
-    """Scores one model on the held-out rows of a recipe's corpus."""
+    """Scores one model on the held-out rows of a recipe's corpus.
+
+    programs: those that the model writes for rows with tests are run, for pass@k.
+    """
 
     recipe: Recipe
     corpus: Corpus
@@ -29,6 +34,7 @@ class Scorer:
     console: Console
     task_ids: list[str]
     """Names of the tasks in the order of their ids."""
+    programs: Programs | None = None
 
     def __post_init__(self) -> None:
         wanted = self.recipe.evaluate.rows_per_task
@@ -36,6 +42,8 @@ class Scorer:
         if wanted:
             encoder = Encoder(self.tokenizer, self.recipe.max_length)
             self.tasks, notes = held_out(self.corpus, encoder, wanted)
+            if self.programs is not None:
+                notes += _notes_on_tests(self.tasks, self.programs)
             for note in notes:
                 self.console.print(note, style="yellow", markup=False)
 
@@ -49,6 +57,13 @@ class Scorer:
         meter = RoutingMeter(model, self.task_ids)
         use_ids = config_of(model).branches_of().needs_ids
         return self._score(model, "adapter", meter, use_ids), meter
+
+    def _programs_said(self) -> str:
+        tested = sum(len(task.tested) for task in self.tasks)
+        if self.programs is None or not tested:
+            return ""
+        each = "a program" if self.programs.samples == 1 else f"{self.programs.samples} programs"
+        return f", with {each} for each of {tested} that have tests"
 
     def write(
         self, run: Path, before: dict[str, Metrics], after: dict[str, Metrics], meter: RoutingMeter
@@ -64,7 +79,7 @@ class Scorer:
         rows = sum(len(task.examples) for task in self.tasks)
         eval_mode(model)
         if rows:
-            self.console.print(f"scoring the {what} on {rows} held-out rows")
+            self.console.print(f"scoring the {what} on {rows} held-out rows{self._programs_said()}")
         with autocast(self.recipe.train.precision, model.device):
             return score_tasks(
                 model,
@@ -75,16 +90,45 @@ class Scorer:
                 use_ids,
                 self.recipe.evaluate.generate,
                 meter,
+                self.programs,
             )
 
 
-def evaluate_run(run: Path, console: Console) -> None:
-    """Score a finished run again, from its folder alone; rewrites scores.json and routing.json."""
+def _notes_on_tests(tasks: Sequence[HeldOut], programs: Programs) -> list[str]:
+    """What a reader of pass@k has to know; finds it by running the rows' own answers."""
+    notes = []
+    for task in tasks:
+        tested = [task.examples[row] for row in task.tested]
+        if len(tested) == 1:
+            notes.append(
+                f"{task.name}: one held-out row has tests, which gives no interval; not run"
+            )
+        if len(tested) < 2:
+            continue
+        if len(tested) < len(task.examples):
+            notes.append(
+                f"{task.name}: {len(tested)} of {len(task.examples)} held-out rows have tests; "
+                "pass@k is theirs"
+            )
+        notes += filter(None, [own_answers_that_fail(task.name, tested, programs)])
+    if not any(task.tested for task in tasks):
+        notes.append(
+            "no held-out row has tests (columns tests, test_list, or test with entry_point), so "
+            "there is no pass@k"
+        )
+    return notes
+
+
+def evaluate_run(run: Path, console: Console, programs: Programs | None = None) -> None:
+    """Score a finished run again, from its folder alone; rewrites scores.json and routing.json.
+
+    programs: the user lets programs that the model writes run here, for pass@k of rows with tests.
+    """
     recipe = recipe_of(run)
     corpus = settle(recipe, recipe.load_corpus(), console, run / KEPT).corpus
     model, tokenizer = load(run)
     selector = config_of(model).branch_selector
     ids = corpus.tasks if selector is None else selector.names
-    scorer = Scorer(recipe, corpus, tokenizer, console, ids)
+    scorer = Scorer(recipe, corpus, tokenizer, console, ids, programs)
     before = scorer.base(model)
     scorer.write(run, before, *scorer.adapter(model))

@@ -8,6 +8,8 @@
     token_f1         overlap of the words of the generated and the right answer; open tasks
     rouge_l, bleu    of the same generated answer, where a task's answers are text: half of them
                      have three words or more (text.py says how each is counted)
+    pass@k           of programs that the model writes, where the user lets them run; rows with
+                     tests alone (programs.py)
 
 Intervals are percentile bootstraps over a task's rows (2,000 resamples, seeded).
 """
@@ -20,17 +22,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from scipy.stats import bootstrap
 from transformers import PreTrainedTokenizerBase
 
 from manylora.corpus import Corpus, Encoded, Encoder, Example, Message
-from manylora.evaluate.answers import Model, Question, generate_answers, score_answers
+from manylora.evaluate.answers import (
+    Model,
+    Question,
+    Sampling,
+    generate_answers,
+    score_answers,
+)
+from manylora.evaluate.programs import Programs
 from manylora.evaluate.text import text_scores
 from manylora.inspect.routing import RoutingMeter
 from manylora.training.checkpoints import write_atomically
 
 SCORES_FILE = "scores.json"
 MAX_CHOICES = 20
+SEED = 0
 
 Interval = list[float]  # mean, low, high
 Metrics = dict[str, Interval]
@@ -44,6 +55,11 @@ class HeldOut:
     examples: list[Example]
     encoded: list[Encoded]
     choices: list[str]
+
+    @property
+    def tested(self) -> list[int]:
+        """The places of the rows that carry tests."""
+        return [i for i, example in enumerate(self.examples) if example.tests]
 
 
 def held_out(
@@ -88,12 +104,18 @@ def score_tasks(
     use_ids: bool = False,
     generate: bool = True,
     meter: RoutingMeter | None = None,
+    programs: Programs | None = None,
 ) -> dict[str, Metrics]:
-    """Metric intervals for each task. all_tasks: names in the order of their ids."""
+    """Metric intervals for each task.
+
+    all_tasks: names in the order of their ids. programs: programs that the model writes may run.
+    """
     pad = int(tokenizer.pad_token_id)
     result = {}
     for task in tasks:
         task_id = list(all_tasks).index(task.name)
+        branch = task_id if use_ids else None
+        written: list[str] = []
         questions = [_question(task, i, tokenizer, task_id) for i in range(len(task.examples))]
         scores = score_answers(model, questions, pad, batch_size, use_ids, meter)
         right = [found[q.gold] for found, q in zip(scores, questions, strict=True)]
@@ -107,8 +129,10 @@ def score_tasks(
                 for found, best in zip(scores, right, strict=True)
             ]
         elif generate:
-            written = _written(model, tokenizer, task, batch_size, task_id if use_ids else None)
+            written = _written(model, tokenizer, task, batch_size, branch)
             values |= text_scores(written, [example.output for example in task.examples])
+        if programs is not None and len(task.tested) > 1:
+            values |= _pass_rates(model, tokenizer, task, batch_size, branch, programs, written)
         result[task.name] = {metric: interval(value) for metric, value in values.items()}
     return result
 
@@ -141,16 +165,41 @@ def _written(
     task: HeldOut,
     batch_size: int,
     task_id: int | None,
+    rows: Sequence[int] | None = None,
+    sampling: Sampling | None = None,
 ) -> list[str]:
-    """The model's own answer to each row."""
-    prompts = [item.input_ids[: item.prompt_length] for item in task.encoded]
+    """The model's own answer to each row of the task, or to each of `rows`."""
+    asked = task.encoded if rows is None else [task.encoded[row] for row in rows]
+    prompts = [item.input_ids[: item.prompt_length] for item in asked]
     limit = 2 * max(len(item.input_ids) - item.prompt_length for item in task.encoded)
     ends = sorted({item.input_ids[-1] for item in task.encoded} | {int(tokenizer.eos_token_id)})
     ids = None if task_id is None else [task_id] * len(prompts)
     answers = generate_answers(
-        model, prompts, int(tokenizer.pad_token_id), ends, limit, batch_size, ids
+        model, prompts, int(tokenizer.pad_token_id), ends, limit, batch_size, ids, sampling
     )
     return [str(tokenizer.decode(answer, skip_special_tokens=True)) for answer in answers]
+
+
+def _pass_rates(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    task: HeldOut,
+    batch_size: int,
+    task_id: int | None,
+    programs: Programs,
+    greedy: Sequence[str],
+) -> dict[str, list[float]]:
+    """greedy: what the model writes to each row, where that is known."""
+    tested = [task.examples[row] for row in task.tested]
+    if greedy and programs.sampling is None:
+        return programs.pass_rates(tested, [[greedy[row]] for row in task.tested])
+    n = programs.samples
+    rows = [row for row in task.tested for _ in range(n)]
+    with torch.random.fork_rng():
+        torch.manual_seed(SEED)
+        written = _written(model, tokenizer, task, batch_size, task_id, rows, programs.sampling)
+    answers = [written[i : i + n] for i in range(0, len(written), n)]
+    return programs.pass_rates(tested, answers)
 
 
 def interval(values: Sequence[float]) -> Interval:
@@ -174,9 +223,15 @@ def write_scores(
     before: dict[str, Metrics],
     after: dict[str, Metrics],
 ) -> None:
-    """scores.json in the form that the design fixes."""
+    """scores.json in the form that the design fixes; with "tests", the number of rows that carry
+    tests, where a task has such."""
     scores = {
-        task.name: {"n": len(task.examples), "before": before[task.name], "after": after[task.name]}
+        task.name: {
+            "n": len(task.examples),
+            **({"tests": len(task.tested)} if task.tested else {}),
+            "before": before[task.name],
+            "after": after[task.name],
+        }
         for task in tasks
     }
     write_atomically(run / SCORES_FILE, json.dumps({"tasks": scores}, indent=2))

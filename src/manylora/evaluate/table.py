@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich import box
 from rich.console import Console
@@ -20,6 +20,8 @@ METRIC_TITLES = {
     "token_f1": "token F1",
     "rouge_l": "ROUGE-L",
     "bleu": "BLEU, 0 to 1",
+    "pass@1": "pass@1",
+    "pass@10": "pass@10",
 }
 LOWER_IS_BETTER = {"nll"}
 HEADINGS: dict[str, Literal["left", "right"]] = {
@@ -47,7 +49,8 @@ def verdict(metric: str, before: Sequence[float] | None, after: Sequence[float] 
 def print_scores(run: Path, console: Console) -> None:
     """One line for each task and metric: before, after, and the interval after.
 
-    better, worse: the whole interval lies beyond the score before.
+    better, worse: the whole interval lies beyond the score before. Below it, that rows carry tests
+    which were not run.
     """
     scores = json.loads((run / SCORES_FILE).read_text(encoding="utf-8"))["tasks"]
     if not scores:
@@ -70,3 +73,18 @@ def print_scores(run: Path, console: Console) -> None:
                 verdict(metric, before, after),
             )
     console.print(table)
+    tested = {name: task["tests"] for name, task in scores.items() if _unrun(task)}
+    if tested:
+        console.print(
+            f"{', '.join(tested)}: {sum(tested.values())} held-out rows carry tests; `manylora "
+            f"eval {run} --allow-code` runs the programs that the model writes against them, "
+            "for pass@k",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _unrun(task: Mapping[str, Any]) -> bool:
+    """Whether it has tests enough for an interval, and no program was run against them."""
+    return task.get("tests", 0) > 1 and "pass@1" not in task["after"]

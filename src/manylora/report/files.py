@@ -94,6 +94,34 @@ class Routing(BaseModel):
     tasks: dict[str, list[list[float]]]
 
 
+class BenchmarkPart(BaseModel):
+    """A model's scores on one benchmark, or their difference from another's."""
+
+    metrics: dict[str, Interval]
+    mean_of_tasks: dict[str, Interval] = {}
+
+
+class Benchmark(BenchmarkPart):
+    """One task of benchmarks.json, or one group with its `tasks`."""
+
+    name: str
+    n: int
+    shots: int | list[int]
+    official_documents: int | None = None
+    tasks: list[str] = []
+    lower_is_better: list[str] = []
+    base: BenchmarkPart | None = None
+    difference: BenchmarkPart | None = None
+
+
+class Benchmarks(BaseModel):
+    """benchmarks.json."""
+
+    versions: dict[str, str]
+    tasks: dict[str, Benchmark]
+    groups: dict[str, Benchmark]
+
+
 class Export(BaseModel):
     """One entry of exports.json."""
 
@@ -114,6 +142,7 @@ class RunFiles:
     scores: Scores
     summary: Summary
     routing: Routing | None
+    benchmarks: Benchmarks | None
     exports: list[Export]
 
 
@@ -130,6 +159,7 @@ def read_run(run: Path) -> RunFiles:
         if line.strip()
     ]
     routing, exports = run / "routing.json", run / "exports.json"
+    benchmarks = run / "benchmarks.json"
     return RunFiles(
         recipe=_text(run / "recipe.yaml"),
         steps=[_parse(LoggedStep, line, at) for at, line in lines if _VALIDATED not in line],
@@ -137,6 +167,9 @@ def read_run(run: Path) -> RunFiles:
         scores=_parse(Scores, _text(run / "scores.json"), str(run / "scores.json")),
         summary=_parse(Summary, _text(run / "summary.json"), str(run / "summary.json")),
         routing=_read_routing(routing) if routing.exists() else None,
+        benchmarks=_parse(Benchmarks, _text(benchmarks), str(benchmarks), EVAL)
+        if benchmarks.exists()
+        else None,
         exports=_parse(list[Export], _text(exports), str(exports)) if exports.exists() else [],
     )
 
@@ -151,16 +184,17 @@ def _text(path: Path) -> str:
         ) from None
 
 
-def _parse(kind: type[T], text: str, where: str) -> T:
+TRAIN = "The report reads what `manylora train` writes: restore the file, or train again."
+EVAL = "`manylora eval RUN --tasks` writes it: delete the file, and evaluate again."
+
+
+def _parse(kind: type[T], text: str, where: str, advice: str = TRAIN) -> T:
     try:
         return TypeAdapter(kind).validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "the whole"
-        raise ValueError(
-            f"{where}: {field}: {first['msg']}. The report reads what `manylora train` writes: "
-            "restore the file, or train again."
-        ) from None
+        raise ValueError(f"{where}: {field}: {first['msg']}. {advice}") from None
 
 
 def _read_routing(path: Path) -> Routing:

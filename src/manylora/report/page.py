@@ -14,6 +14,7 @@ from math import log
 from pathlib import Path
 
 from manylora.evaluate.table import LOWER_IS_BETTER, METRIC_TITLES, verdict
+from manylora.report.benchmarks import benchmark_view
 from manylora.report.files import LoggedStep, Routing, Scores, Summary, ValidationStep, read_run
 from manylora.report.plots import (
     Axis,
@@ -31,6 +32,8 @@ from manylora.report.plots import (
 )
 from manylora.report.render import render
 
+PAGE_FILE = "report.html"
+
 
 def write_report(run: Path) -> Path:
     """Write run/report.html from the run folder's files and return its path."""
@@ -43,11 +46,12 @@ def write_report(run: Path) -> Path:
         scores=files.scores,
         metrics=metric_views(files.scores),
         training=training_view(files.steps, files.validation),
+        benchmarks=benchmark_view(files.benchmarks) if files.benchmarks else None,
         routing=routing_view(files.routing) if files.routing else None,
         exports=files.exports,
         recipe=files.recipe,
     )
-    path = run / "report.html"
+    path = run / PAGE_FILE
     path.write_text(page, encoding="utf-8")
     return path
 

@@ -5,7 +5,9 @@ offline   lm-eval's own task definitions, over those rows
 programs  HumanEval, run in manylora's sandbox
 model     the adapter as an lm-eval model
 scoring   values of examples -> means with intervals
-run       all of it, and what a run folder keeps
+run       all of it, perhaps beside the base model
+kept      what a run folder keeps of it
+table     its lines, for the terminal and the run's page
 
 lm-eval is an optional dependency. Nothing here imports it before it is needed, except `model`,
 which is a subclass of its model class; import that inside functions, after `require_lm_eval`.

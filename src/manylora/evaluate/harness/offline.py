@@ -28,6 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from datasets.exceptions import DatasetsError
+
 from manylora.corpus import CorpusError
 from manylora.evaluate.harness import require_lm_eval, rows
 from manylora.evaluate.harness.programs import humaneval_config
@@ -87,6 +89,8 @@ FILES = {
     ("aps/super_glue", "wsc.fixed"): _super_glue("WSC", rows.wsc),
 }
 """By lm-eval's dataset_path and dataset_name; None: every name of that path."""
+
+FROM_FILES = "mmlu, mmlu_medical, mmlu_law, gsm8k_cot, bbh, bbh_fewshot, humaneval, super_glue"
 
 GROUPS = {
     "mmlu_medical": [
@@ -183,9 +187,9 @@ def _unknown(name: str, manager: Any, data_dir: Path | None) -> str:
     if data_dir is None:
         return f"lm-eval has no task {name!r}.{hint}"
     return (
-        f"no benchmark {name!r} among those that can be read from files: mmlu, mmlu_medical, "
-        f"mmlu_law, gsm8k_cot, bbh, bbh_fewshot, humaneval, super_glue and their parts.{hint} "
-        "Without a folder of files, every task of lm-eval is there, over data sets of the hub."
+        f"no benchmark {name!r} among those that can be read from files: {FROM_FILES} and their "
+        f"parts.{hint} Without a folder of files, every task of lm-eval is there, over data sets "
+        "of the hub."
     )
 
 
@@ -215,16 +219,29 @@ def _build(name: str, manager: Any, data_dir: Path | None, humaneval: dict[str, 
     if data_dir is not None:
         changes["custom_dataset"] = _local(name, config, data_dir)
     if name == "humaneval":  # as it is, building it fetches a metric from the hub
-        spec = {**config, **humaneval, **changes}
-        return manager.load([spec])["tasks"][name]
-    group = {"group": "manylora", "task": [{"task": name, **changes}]}
-    task = manager.load([group])["tasks"][name]
-    if task.get_config("unsafe_code"):
+        spec: dict[str, Any] = {**config, **humaneval, **changes}
+    else:
+        spec = {"group": "manylora", "task": [{"task": name, **changes}]}
+    try:
+        task = manager.load([spec])["tasks"][name]
+    except (OSError, DatasetsError) as error:
+        raise _unreachable(name, config, error) from error
+    if task.get_config("unsafe_code") and name != "humaneval":
         raise ValueError(
             f"{name} runs programs that the model writes, and lm-eval would run them with nothing "
             "to hold them; of such tasks only humaneval is run here, in a sandbox"
         )
     return task
+
+
+def _unreachable(name: str, config: dict[str, Any], error: Exception) -> CorpusError:
+    reason = " ".join(str(error).split())[:200]
+    where = config.get("dataset_path") or "which it reads"
+    return CorpusError(
+        f"{name}: without --data-dir its rows come from the hub, and the data set {where} cannot "
+        f"be had there ({type(error).__name__}: {reason}); check the network and HF_HUB_OFFLINE, "
+        f"or give --data-dir (data_dir=) a folder with files of {FROM_FILES}"
+    )
 
 
 def _local(name: str, config: dict[str, Any], data_dir: Path) -> Any:

@@ -16,9 +16,7 @@ from functools import partial
 from typing import Any
 
 from manylora.evaluate.code import humaneval_program, pass_at_k, run_program
-
-K = (1, 10)
-SECONDS, MEMORY_MB = 10.0, 1024
+from manylora.evaluate.programs import MEMORY_MB, SECONDS, K
 
 
 def humaneval_config(samples: int, allow_code: bool, manager: Any) -> dict[str, Any]:

@@ -1,34 +1,24 @@
-"""Benchmarks of a run: lm-eval's tasks on its adapter, with intervals, kept in the run folder.
-
-    benchmarks.json      {"tasks": {NAME_SHOTSshot: {"metrics": {METRIC: [mean, low, high]}, ...}},
-                          "groups": ...}
-    benchmarks.parquet   one row for each example and metric: its value, the answer, the target
-
-A later evaluation replaces what it does again and leaves the rest.
-"""
+"""Benchmarks of a run: lm-eval's tasks on its adapter, with intervals."""
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
-from rich import box
+from peft import PeftModel
 from rich.console import Console
-from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from manylora.evaluate.answers import Model
 from manylora.evaluate.code import check_sandbox
 from manylora.evaluate.harness import require_lm_eval
+from manylora.evaluate.harness.kept import write_benchmarks
 from manylora.evaluate.harness.offline import (
     OFFICIAL,
     Benchmarks,
@@ -39,16 +29,17 @@ from manylora.evaluate.harness.offline import (
 from manylora.evaluate.harness.scoring import (
     Example,
     Values,
+    beside,
     collect,
+    differences,
     group_intervals,
+    task_differences,
     task_intervals,
 )
 from manylora.precision import resolve_precision
 from manylora.run import load, recipe_of
-from manylora.training.checkpoints import partial_of, write_atomically
 from manylora.training.validation import eval_mode
 
-BENCHMARKS_FILE, EXAMPLES_FILE = "benchmarks.json", "benchmarks.parquet"
 SEED = 1234
 """lm-eval's own: of the examples that are shown where a task draws them, and of sampling."""
 
@@ -65,6 +56,7 @@ def evaluate_benchmarks(
     allow_code: bool = False,
     samples: int = 1,
     task: str | None = None,
+    base: bool = False,
 ) -> dict[str, Any]:
     """Evaluate a run folder, or a model with its tokenizer, on lm-eval tasks.
 
@@ -76,6 +68,7 @@ def evaluate_benchmarks(
         allow_code: run programs that the model writes (humaneval).
         samples: programs for each problem of humaneval.
         task: the branch of all prompts, for adapters that choose it by task.
+        base: also the model without its adapter, and the paired difference; twice the time.
 
     Returns what benchmarks.json has of this evaluation, and "examples": the rows of
     benchmarks.parquet. A run folder gets both files.
@@ -88,7 +81,7 @@ def evaluate_benchmarks(
     with _quiet_lm_eval():
         benchmarks = load_tasks(tasks, data_dir, samples, allow_code=allow_code)
         set_shots(benchmarks, shots, console)
-        results = _on_model(subject, benchmarks, limit, batch_size, task, console)
+        results = _on_model(subject, benchmarks, limit, batch_size, task, console, base)
     for entry in results["tasks"].values():
         entry.update(data_dir=None if data_dir is None else str(data_dir), branch=task)
         if entry["name"] == "humaneval":
@@ -105,6 +98,7 @@ def _on_model(
     batch_size: int,
     task: str | None,
     console: Console,
+    base: bool,
 ) -> dict[str, Any]:
     from manylora.evaluate.harness.model import AdapterLM
 
@@ -113,14 +107,25 @@ def _on_model(
     eval_mode(model)
     precision = resolve_precision(wanted, model.device)
     lm = AdapterLM(model, tokenizer, batch_size, console, task, precision)
-    results = score(lm, benchmarks, limit, console)
-    if lm.truncated:
+    off = _without_adapter(model) if base else None
+    results = score(lm, benchmarks, limit, console, off)
+    truncated = lm.truncated // (1 if off is None else 2)
+    if truncated:
         console.print(
-            f"{lm.truncated:,} requests are longer than the {lm.max_length:,} tokens of the model"
+            f"{truncated:,} requests are longer than the {lm.max_length:,} tokens of the model"
             "; the beginning of their prompts was cut off",
             style="yellow",
         )
-    return {**results, "truncated": lm.truncated}
+    return {**results, "truncated": truncated}
+
+
+def _without_adapter(model: Model) -> AbstractContextManager[Any]:
+    if not isinstance(model, PeftModel):
+        raise ValueError(
+            f"a {type(model).__name__} has no adapter to do without; leave out --base (base=True)"
+        )
+    without: AbstractContextManager[Any] = model.disable_adapter()
+    return without
 
 
 def _check(tasks: Sequence[str], limit: int | None, batch_size: int, allow_code: bool) -> None:
@@ -151,10 +156,51 @@ def set_shots(benchmarks: Benchmarks, shots: int | None, console: Console) -> No
         task.set_fewshot_seed(seed=SEED)
 
 
-def score(lm: Any, benchmarks: Benchmarks, limit: int | None, console: Console) -> dict[str, Any]:
-    """Run built tasks on any lm-eval model; see `evaluate_benchmarks` for what comes back."""
+@dataclass(frozen=True)
+class Measured:
+    """What one model did: its values by task and metric, and each example."""
+
+    values: dict[str, Values]
+    examples: list[Example]
+
+
+def score(
+    lm: Any,
+    benchmarks: Benchmarks,
+    limit: int | None,
+    console: Console,
+    off: AbstractContextManager[Any] | None = None,
+) -> dict[str, Any]:
+    """Run built tasks on any lm-eval model; see `evaluate_benchmarks` for what comes back.
+
+    off: in it the model is the base model, which is measured as well.
+    """
+    measured, base = _measure(lm, benchmarks, limit), None
+    if off is not None:
+        console.print("the same questions without the adapter")
+        with off:
+            base = _measure(lm, benchmarks, limit)
+    tasks = {
+        name: _noted(_task_entry(name, task, measured, base), console)
+        for name, task in benchmarks.tasks.items()
+    }
+    groups = [
+        _noted(_group_entry(name, members, tasks, measured, base), console)
+        for name, members in benchmarks.groups.items()
+    ]
+    return {
+        "versions": {"lm_eval": version("lm_eval")},
+        "tasks": {_key(entry): entry for entry in tasks.values()},
+        "groups": {_key(entry): entry for entry in groups},
+        "examples": beside(measured.examples, base.examples if base else None),
+    }
+
+
+def _measure(lm: Any, benchmarks: Benchmarks, limit: int | None) -> Measured:
     from lm_eval.evaluator import evaluate
 
+    for task in benchmarks.tasks.values():
+        task.set_fewshot_seed(seed=SEED)  # else a second measurement shows other examples
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
         found: Any = evaluate(
@@ -164,49 +210,60 @@ def score(lm: Any, benchmarks: Benchmarks, limit: int | None, console: Console) 
             bootstrap_iters=0,
             confirm_run_unsafe_code=True,
         )
-    tasks: dict[str, dict[str, Any]] = {}
     values, examples = {}, []
     for name, task in benchmarks.tasks.items():
         values[name], rows = collect(name, found["samples"][name])
-        tasks[name] = _noted(_task_entry(name, task, values[name]), console)
-        examples += [{**row, "shots": tasks[name]["shots"]} for row in rows]
-    groups = [
-        _noted(_group_entry(name, members, tasks, values), console)
-        for name, members in benchmarks.groups.items()
-    ]
-    return {
-        "versions": {"lm_eval": version("lm_eval")},
-        "tasks": {_key(entry): entry for entry in tasks.values()},
-        "groups": {_key(entry): entry for entry in groups},
-        "examples": examples,
-    }
+        examples += [{**row, "shots": task.get_config("num_fewshot")} for row in rows]
+    return Measured(values, examples)
 
 
-def _task_entry(name: str, task: Any, values: Values) -> dict[str, Any]:
-    changed = departures(name)
-    return {
+def _task_entry(name: str, task: Any, measured: Measured, base: Measured | None) -> dict[str, Any]:
+    changed, values, aggregations = departures(name), measured.values[name], task.aggregation()
+    entry = {
         "name": name,
         "n": len(next(iter(values.values()))),
         "documents": len(task.eval_docs),
         "shots": task.get_config("num_fewshot"),
         "lm_eval_version": task.VERSION,
-        "metrics": task_intervals(values, task.aggregation()),
+        "metrics": task_intervals(values, aggregations),
+        "lower_is_better": [name for name in values if _lower_is_better(task, name)],
         **({"departs": changed} if changed else {}),
     }
+    if base is not None:
+        entry["base"] = {"metrics": task_intervals(base.values[name], aggregations)}
+        found = task_differences(values, base.values[name], aggregations)
+        entry["difference"] = {"metrics": found}
+    return entry
+
+
+def _lower_is_better(task: Any, metric: str) -> bool:
+    return task.higher_is_better().get(metric.partition(",")[0]) is False
 
 
 def _group_entry(
-    name: str, members: list[str], tasks: dict[str, dict[str, Any]], values: dict[str, Values]
+    name: str,
+    members: list[str],
+    tasks: dict[str, dict[str, Any]],
+    measured: Measured,
+    base: Measured | None,
 ) -> dict[str, Any]:
     shots = sorted({tasks[member]["shots"] for member in members})
-    return {
+    values = [measured.values[member] for member in members]
+    entry = {
         "name": name,
         "n": sum(tasks[member]["n"] for member in members),
         "documents": sum(tasks[member]["documents"] for member in members),
         "shots": shots[0] if len(shots) == 1 else shots,
         "tasks": members,
-        **group_intervals([values[member] for member in members]),
+        "lower_is_better": tasks[members[0]]["lower_is_better"],
+        **group_intervals(values),
     }
+    if base is not None:
+        others = [base.values[member] for member in members]
+        pairs = zip(values, others, strict=True)
+        entry["base"] = group_intervals(others)
+        entry["difference"] = group_intervals([differences(*pair) for pair in pairs])
+    return entry
 
 
 def _key(entry: dict[str, Any]) -> str:
@@ -237,50 +294,3 @@ def _quiet_lm_eval() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
-
-
-def write_benchmarks(run: Path, results: dict[str, Any]) -> None:
-    """Put results beside those of earlier evaluations, in the place of those done again."""
-    path = run / BENCHMARKS_FILE
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    merged = {
-        part: {**kept.get(part, {}), **results[part]} for part in ("versions", "tasks", "groups")
-    }
-    _write_examples(run / EXAMPLES_FILE, results["examples"])
-    write_atomically(path, json.dumps(merged, indent=2))
-
-
-def _write_examples(path: Path, examples: list[Example]) -> None:
-    done = {(example["task"], example["shots"]) for example in examples}
-    if path.is_file():
-        kept = pq.read_table(path).to_pylist()
-        examples = [row for row in kept if (row["task"], row["shots"]) not in done] + examples
-    pq.write_table(pa.Table.from_pylist(examples), partial_of(path))
-    os.replace(partial_of(path), path)
-
-
-def print_benchmarks(results: dict[str, Any], console: Console) -> None:
-    """One line for each metric of each group, and of each task that is in none."""
-    grouped = {name for entry in results["groups"].values() for name in entry["tasks"]}
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("benchmark", "documents", "shots", "metric", "score", "95 % interval"):
-        words = heading in ("benchmark", "metric")
-        justify: Any = "left" if words else "right"
-        table.add_column(heading, justify=justify, no_wrap=not words, overflow="fold")
-    entries = [*results["groups"].values(), *results["tasks"].values()]
-    for entry in entries:
-        if entry["name"] in grouped and len(grouped) > 10:
-            continue
-        metrics = dict(entry["metrics"])
-        for name, found in entry.get("mean_of_tasks", {}).items():
-            metrics[f"{name}, mean of {len(entry['tasks'])} tasks"] = found
-        for name, (mean, low, high) in metrics.items():
-            head = (entry["name"], f"{entry['n']:,}", str(entry["shots"]))
-            first = name == next(iter(metrics))
-            table.add_row(
-                *(head if first else ("", "", "")),
-                name,
-                f"{mean:.3f}",
-                f"{low:.3f} to {high:.3f}",
-            )
-    console.print(table)

@@ -5,12 +5,15 @@ tasks    percentile bootstrap over the examples, 2,000 resamples; where a metric
 groups   `metrics`: over all examples of the group, as lm-eval's groups are;
          `mean_of_tasks`: the mean of the tasks' means, as OpenCompass (which HydraLoRA used)
          and SuperGLUE have it, with examples drawn again within each task
+
+A difference from another model is paired: both models' values of an example are drawn together.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -71,6 +74,45 @@ def task_intervals(
         else:
             found[name] = _resampled(items, aggregate)
     return found
+
+
+def differences(values: Values, others: Values) -> Values:
+    """Example by example, of the metrics whose values are numbers."""
+    return {
+        name: [float(item) - float(other) for item, other in zip(items, others[name], strict=True)]
+        for name, items in values.items()
+        if all(map(is_number, items)) and all(map(is_number, others[name]))
+    }
+
+
+def task_differences(
+    values: Values, others: Values, aggregations: dict[str, Callable[[list[Any]], float]]
+) -> dict[str, Interval]:
+    """Each metric less that of the other model on the same examples."""
+    found, numbers = {}, differences(values, others)
+    for name, items in values.items():
+        aggregate = aggregations[name.partition(",")[0]]
+        if is_mean(aggregate) and name in numbers:
+            found[name] = interval(numbers[name])
+        else:
+            pairs = list(zip(items, others[name], strict=True))
+            found[name] = _resampled(pairs, partial(_less, aggregate))
+    return found
+
+
+def _less(aggregate: Callable[[list[Any]], float], pairs: list[Any]) -> float:
+    mine, theirs = zip(*pairs, strict=True)
+    return aggregate(list(mine)) - aggregate(list(theirs))
+
+
+def beside(examples: Sequence[Example], base: Sequence[Example] | None) -> list[Example]:
+    """The examples, each with the value and answer of the base model on it."""
+    if base is None:
+        return [{**example, "base_value": None, "base_answer": None} for example in examples]
+    return [
+        {**example, "base_value": other["value"], "base_answer": other["answer"]}
+        for example, other in zip(examples, base, strict=True)
+    ]
 
 
 def is_mean(aggregate: Callable[[list[Any]], float]) -> bool:
