@@ -12,6 +12,7 @@ from torch import Tensor
 import manylora
 from manylora.adapter.grow import grow
 from manylora.adapter.layer import layers_of
+from manylora.adapter.router import router_weights
 from manylora.adapter.training import dead_gradients
 from tiny import VOCAB, attach, ids_of, tiny_llama
 
@@ -137,8 +138,10 @@ def usual_routing(old: PeftModel) -> dict[str, list[float]]:
     sums: dict[str, list[float]] = {}
 
     def watch(layer: Any, args: Any) -> None:
-        t = layer._tensors("default")
-        weights = layer._weights("default", args[0], None, t)
+        t = layer.tensors("default")
+        reads_x = layer.branches["default"].router_input == "x"
+        seen = args[0] if reads_x else args[0] @ t["A"].T
+        weights = router_weights(seen, t["router"])
         sums[layer.name] = weights.flatten(0, -2).mean(0).tolist()
 
     handles = [layer.register_forward_pre_hook(watch) for layer in layers_of(old)]

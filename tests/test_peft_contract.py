@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -211,12 +212,12 @@ def test_adapters_are_added_switched_summed_disabled_and_deleted(second: str) ->
         assert torch.equal(logits(model), base)
     assert torch.equal(logits(model), second_only)
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
-    x = torch.randn(2, 5, 32)
+    exact, x = copy.deepcopy(layer).double(), torch.randn(2, 5, 32).double()
     parts = []
     for active in ("default", "second", ["default", "second"]):
-        model.base_model.set_adapter(active)
-        parts.append((layer(x) - layer.base_layer(x)).detach())
-    torch.testing.assert_close(parts[2], parts[0] + parts[1], rtol=0, atol=1e-6)
+        exact.set_adapter(active)
+        parts.append((exact(x) - exact.base_layer(x)).detach())
+    torch.testing.assert_close(parts[2], parts[0] + parts[1], rtol=0, atol=1e-13)
     model.base_model.set_adapter("default")
     model.delete_adapter("second")
     assert torch.equal(logits(model), first_only)

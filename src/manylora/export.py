@@ -162,7 +162,7 @@ def lora_factors(
     weights: mixing weights (N,); None where the method has constant ones. At least float32.
     """
     branches = layer.branches[adapter]
-    t = {part: tensor.detach().double().cpu() for part, tensor in layer._tensors(adapter).items()}
+    t = {part: tensor.detach().double().cpu() for part, tensor in layer.tensors(adapter).items()}
     A, B = t["A"], fold_scale(t["B"], branches, t.get("scale"))
     if weights is None:
         weights = layer.constant_weights(branches, t["A"])
@@ -182,7 +182,7 @@ def lora_factors(
     if branches.shared_rank:
         A = torch.cat([A, t["shared_A"]])
         B = torch.cat([B, layer.shared_scaling[adapter] * t["shared_B"]], 1)
-    dtype = torch.promote_types(layer._tensors(adapter)["A"].dtype, torch.float32)
+    dtype = torch.promote_types(layer.tensors(adapter)["A"].dtype, torch.float32)
     return A.to(dtype), B.to(dtype)
 
 

@@ -1,6 +1,6 @@
 """One adapted linear layer: the frozen layer plus any number of named multi-branch adapters.
 
-    y = W x + s * B [ g(x) (x) A x ] + s0 * B0 A0 x
+    y = W x + s * B [ g(x) (x) A x ] + s0 * B0 A0 x      (computed by `running.run`)
 
 Each tensor is the `.weight` of a leaf module of its own, `manylora_A.NAME.weight` and so on
 (shapes: `Branches.shapes`); what a method does not have is absent. `get_delta_weight` is the one
@@ -17,21 +17,14 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from manylora.adapter.config import ManyLoraConfig
 from manylora.adapter.init import Factor, initialize
-from manylora.adapter.ops import branch_update, fold_scale
-from manylora.adapter.router import (
-    balance_loss,
-    id_weights,
-    in_backward,
-    itself,
-    not_mergeable,
-    router_weights,
-    softmax,
-)
+from manylora.adapter.ops import fold_scale
+from manylora.adapter.router import not_mergeable, softmax
+from manylora.adapter.running import run
+from manylora.adapter.sharing import is_plain
 from manylora.adapter.state import BranchState, spread
 from manylora.methods import Branches
 
@@ -66,6 +59,7 @@ class ManyLoraLayer(nn.Module, BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.shared_scaling: dict[str, float] = {}
         self.routing_loss: dict[str, Tensor] = {}
+        self.siblings: list[ManyLoraLayer] = []
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self.merged_adapters: list[str] = []
@@ -83,11 +77,11 @@ class ManyLoraLayer(nn.Module, BaseTunerLayer):
         self.scaling[adapter], self.shared_scaling[adapter] = config.scalings_of(self.name)
         for part, shape in branches.shapes(self.in_features, self.out_features).items():
             getattr(self, f"manylora_{part}")[adapter] = Factor(*shape)
-        initialize(self._tensors(adapter), branches, config)
+        initialize(self.tensors(adapter), branches, config)
         self._move_adapter_to_device_of_base_layer(adapter)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    def _tensors(self, adapter: str) -> dict[str, Tensor]:
+    def tensors(self, adapter: str) -> dict[str, Tensor]:
         return {
             attribute.removeprefix("manylora_"): getattr(self, attribute)[adapter]()
             for attribute in self.adapter_layer_names
@@ -96,22 +90,51 @@ class ManyLoraLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         adapter_names = kwargs.pop("adapter_names", None)
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        adapters = self._own_active()
+        if adapter_names is None and (self.disable_adapters or self.merged or not adapters):
             return cast(Tensor, self.base_layer(x, *args, **kwargs))
+        alone = adapter_names is None and len(adapters) == 1 and not args and not kwargs
+        if alone and self.quantization_backend is None and is_plain(self.base_layer, x):
+            return self._in_one(x, adapters[0])
         y: Tensor = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters:
+            return y
         if adapter_names is not None:
             return self._mixed_batch(y, x, adapter_names)
-        if self.merged:
-            return y
-        adapters = [name for name in self.active_adapters if name in self.manylora_A]
-        if adapters and self.quantization_backend is not None:
-            y = self.quantization_backend.maybe_clone_base_result(y)
         dtype = y.dtype
         for adapter in adapters:
-            y = y + self._update(adapter, x, self.state.ids_for(x))
+            (y,) = run([self], adapter, x, self.state.ids_for(x), [y])
         return y.to(dtype)
+
+    def _in_one(self, x: Tensor, adapter: str) -> Tensor:
+        """Base layer and adapter in one operation, with the layers that read x too."""
+        shared = self.state.shared
+        taken = shared.taken(self, x)
+        if taken is not None:
+            return taken
+        readers = shared.readers(self, adapter, x)
+        ys = run(readers, adapter, x, self.state.ids_for(x))
+        shared.lay_aside(x, readers, ys)
+        return ys[0]
+
+    def reads_as(self, other: ManyLoraLayer, adapter: str, x: Tensor) -> bool:
+        """Whether other can be computed with this layer in one operation, both reading x."""
+        return (
+            other._own_active() == [adapter]
+            and not (other.disable_adapters or other.merged or other.quantization_backend)
+            and not (self.training and self.configs[adapter].lora_dropout)
+            and self.training == other.training
+            and self.branches[adapter] == other.branches[adapter]
+            and self.scaling[adapter] == other.scaling[adapter]
+            and self.shared_scaling[adapter] == other.shared_scaling[adapter]
+            and is_plain(other.base_layer, x)
+            and (self.base_layer.bias is None) == (other.base_layer.bias is None)
+        )
+
+    def _own_active(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.manylora_A]
 
     def _mixed_batch(self, y: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
         if self.merged:
@@ -131,51 +154,9 @@ class ManyLoraLayer(nn.Module, BaseTunerLayer):
             rows = torch.tensor([i for i, name in enumerate(adapter_names) if name == adapter])
             rows = rows.to(x.device)
             mine = ids if ids is None or ids.numel() == 1 else ids.to(x.device)[rows]
-            y[rows] = y[rows] + self._update(adapter, x[rows], mine).to(y.dtype)
+            (added,) = run([self], adapter, x[rows], mine, [y[rows]])
+            y[rows] = added.to(y.dtype)
         return y
-
-    def _update(self, adapter: str, x: Tensor, ids: Tensor | None) -> Tensor:
-        """s * B [g(x) (x) A x] + s0 * B0 A0 x for one adapter; (..., out)."""
-        branches, config = self.branches[adapter], self.configs[adapter]
-        t = self._tensors(adapter)
-        if not torch.is_autocast_enabled(x.device.type):  # which casts for each product itself
-            x = self._cast_input_dtype(x, t["A"].dtype)
-        dropout = config.lora_dropout if self.training else 0.0
-        weights = self._weights(adapter, x, ids, t)
-        masked = F.dropout(x, dropout) if dropout else x
-        own_masks = config.dropout_per_branch and dropout > 0
-        update = branch_update(
-            x if own_masks else masked,
-            t["A"],
-            t["B"],
-            branches,
-            self.scaling[adapter],
-            weights,
-            t.get("scale"),
-            dropout if own_masks else 0.0,
-        )
-        if branches.shared_rank:
-            h = self.shared_scaling[adapter] * F.linear(masked, t["shared_A"])
-            update = update + F.linear(h, t["shared_B"])
-        return update
-
-    def _weights(
-        self, adapter: str, x: Tensor, ids: Tensor | None, t: dict[str, Tensor]
-    ) -> Tensor | None:
-        branches, config = self.branches[adapter], self.configs[adapter]
-        if branches.needs_ids:
-            return id_weights(branches, ids, t.get("gate"), x, self.name)
-        if branches.gate != "router":
-            return self.constant_weights(branches, x)
-        seen = x if branches.router_input == "x" else F.linear(x, t["A"])
-        weights = router_weights(seen, t["router"])
-        if config.balance_loss is not None and self.training and not in_backward():
-            # A checkpoint must not count what the loss saves: its recomputation skips the loss.
-            with torch.autograd.graph.saved_tensors_hooks(itself, itself):
-                self.routing_loss[adapter] = config.balance_weight * balance_loss(
-                    weights, config.balance_loss, self.state.token_mask
-                )
-        return weights
 
     @staticmethod
     def constant_weights(branches: Branches, like: Tensor) -> Tensor | None:
@@ -195,7 +176,7 @@ class ManyLoraLayer(nn.Module, BaseTunerLayer):
 
         Raises: ValueError when the weights depend on the input and none are given.
         """
-        branches, t = self.branches[adapter], self._tensors(adapter)
+        branches, t = self.branches[adapter], self.tensors(adapter)
         t = {part: _computable(tensor) for part, tensor in t.items()}
         if weights is None:
             weights = self._merge_weights(adapter, t["A"])
@@ -210,12 +191,12 @@ class ManyLoraLayer(nn.Module, BaseTunerLayer):
         delta = self.scaling[adapter] * (B @ A)
         if branches.shared_rank:
             delta = delta + self.shared_scaling[adapter] * (t["shared_B"] @ t["shared_A"])
-        delta = delta.to(self._tensors(adapter)["A"].dtype)
+        delta = delta.to(self.tensors(adapter)["A"].dtype)
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
 
     def fixed_weights(self, adapter: str, choice: int) -> Tensor:
         """Mixing weights (N,) of the branch or, for a learned gate, of the task of that id."""
-        branches, t = self.branches[adapter], self._tensors(adapter)
+        branches, t = self.branches[adapter], self.tensors(adapter)
         zeros = torch.zeros(branches.count, device=t["A"].device)
         if choice == -1:
             return zeros

@@ -60,11 +60,6 @@ def itself(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def in_backward() -> bool:
-    """A checkpointed block runs again inside the backward pass; its loss was already counted."""
-    return torch._C._current_graph_task_id() != -1
-
-
 def balance_loss(weights: Tensor, kind: str, mask: Tensor | None) -> Tensor:
     """How unevenly a router uses its branches; weights (..., N), mask (batch, tokens) of real ones.
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from manylora.adapter.sharing import SharedReads
 
 
 @dataclass
@@ -13,12 +15,13 @@ class BranchState:
     """What the layers of one model know about the batch.
 
     ids: of the branches or tasks. selected: whether a selector chose them, one for each prompt.
-    token_mask: (batch, tokens), true where a token is not padding.
+    token_mask: (batch, tokens), true where a token is not padding. shared: what siblings computed.
     """
 
     ids: Tensor | None = None
     selected: bool = False
     token_mask: Tensor | None = None
+    shared: SharedReads = field(default_factory=SharedReads)
 
     def ids_for(self, x: Tensor) -> Tensor | None:
         """The ids for a layer input x (batch, ..., in)."""

@@ -33,6 +33,7 @@ from manylora.adapter.layer import ManyLoraLayer, ManyLoraLinear, layers_of
 from manylora.adapter.mixed import hook_adapter_names
 from manylora.adapter.router import not_mergeable
 from manylora.adapter.selector import BranchSelector, missing_selector
+from manylora.adapter.sharing import find_siblings
 from manylora.adapter.state import BranchState
 
 
@@ -65,6 +66,7 @@ class ManyLoraModel(BaseTuner):
         """Adapt the layers that the adapter's config names; says which there are if none match."""
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            find_siblings(layers_of(model))
         except NoMatchingPeftModuleError as error:
             raise NoMatchingPeftModuleError(
                 _no_match(model, self.peft_config[adapter_name])

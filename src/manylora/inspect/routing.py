@@ -54,7 +54,7 @@ class RoutingMeter:
 
         def watch(layer: ManyLoraLayer, args: tuple[Any, ...]) -> None:
             x = args[0]
-            t = layer._tensors(self.adapter)
+            t = layer.tensors(self.adapter)
             if layer.branches[self.adapter].router_input == "Ax":
                 x = F.linear(x.to(t["A"].dtype), t["A"])
             weights = router_weights(x, t["router"])

@@ -1,0 +1,74 @@
+"""The products with P, and dropout in them: its masks are drawn again from their seeds.
+
+A router reads x as it is. One mask serves all branches and the shared one, or, with N + 1 seeds,
+each branch has its own, as in the HydraLoRA authors' code, and the shared one the last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from manylora.adapter.mixing import Layout
+
+
+def down_product(
+    x: Tensor, down: Tensor, layout: Layout, dropout: float, seed: Tensor | None
+) -> Tensor:
+    """z = drop(x) P' (T, rows of P)."""
+    if not dropout:
+        return x @ down.t()
+    z = x.new_empty(x.shape[0], down.shape[0])
+    for rows, mask in _masked_rows(x, layout, dropout, seed):
+        torch.mm(x if mask is None else x * mask, down[rows].t(), out=z[:, rows])
+    return z
+
+
+def down_backward(
+    dx: Tensor | None,
+    dz: Tensor,
+    x: Tensor,
+    down: Tensor,
+    layout: Layout,
+    dropout: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """dP; adds the adapters' share to dx."""
+    if not dropout:
+        if dx is not None:
+            dx.addmm_(dz, down)
+        return dz.t() @ x
+    ddown = torch.empty_like(down)
+    for rows, mask in _masked_rows(x, layout, dropout, seed):
+        d = dz[:, rows]
+        torch.mm(d.t(), x if mask is None else x * mask, out=ddown[rows])
+        if dx is not None:
+            dx.addmm_(d, down[rows]) if mask is None else dx.addcmul_(d @ down[rows], mask)
+    return ddown
+
+
+def _masked_rows(
+    x: Tensor, layout: Layout, dropout: float, seed: Tensor | None
+) -> Iterator[tuple[slice, Tensor | None]]:
+    """Rows of the P of one layer, and the mask of what they read, scaled by 1 / (1 - p)."""
+    assert seed is not None
+    ends = [layout.rows_A] if len(seed) == 1 else list(accumulate(layout.ranks))
+    start = 0
+    for place, end in enumerate(ends):
+        mask = _mask(x, dropout, int(seed[place]))
+        yield slice(start, end), mask
+        start = end
+    if layout.logits:
+        yield slice(start, start + layout.logits), None
+        start += layout.logits
+    if layout.shared_rank:
+        own = mask if len(seed) == 1 else _mask(x, dropout, int(seed[-1]))
+        yield slice(start, start + layout.shared_rank), own
+
+
+def _mask(x: Tensor, dropout: float, seed: int) -> Tensor:
+    drawn = torch.Generator(x.device).manual_seed(seed)
+    return torch.empty_like(x).bernoulli_(1 - dropout, generator=drawn).div_(1 - dropout)

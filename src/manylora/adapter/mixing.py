@@ -1,0 +1,195 @@
+"""Between the two products of `ops.linear`: what each branch gave is weighed and put side by side.
+
+The columns of z that belong to a layer (block K of them), and of its u (m):
+
+    z_j = [ h (rows of A) | router's logits (N, where it reads x) | h0 (shared rank) ]
+    u_j = [ s g (x) h (columns of B) | s0 h0 ]
+    g   = softmax(logits), softmax(R h), the weights that are given, or all ones
+
+A shared: g (x) h = [g_1 h, ..., g_N h]. Own A: block i of h times g_i. B shared: those blocks' sum.
+Arithmetic in at least float32; u has z's dtype. Per token, and small beside the products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from manylora.methods import Branches
+
+Gate = Literal["ones", "given", "x", "Ax"]
+_GATES: tuple[Gate, ...] = ("ones", "given", "x", "Ax")
+
+
+class Layout(NamedTuple):
+    """What the columns of z and u mean; gate says where g comes from."""
+
+    ranks: tuple[int, ...]
+    share_A: bool
+    share_B: bool
+    gate: Gate
+    shared_rank: int
+
+    @staticmethod
+    def of(branches: Branches) -> Layout:
+        gate: Gate = "ones" if branches.gate == "ones" else "given"
+        if branches.gate == "router":
+            gate = branches.router_input
+        return Layout(
+            branches.ranks, branches.share_A, branches.share_B, gate, branches.shared_rank
+        )
+
+    @property
+    def branches(self) -> int:
+        return len(self.ranks)
+
+    @property
+    def even(self) -> bool:
+        return len(set(self.ranks)) == 1
+
+    @property
+    def rows_A(self) -> int:
+        return self.ranks[0] if self.share_A else sum(self.ranks)
+
+    @property
+    def logits(self) -> int:
+        return self.branches if self.gate == "x" else 0
+
+    @property
+    def block(self) -> int:
+        """Columns of z for a layer."""
+        return self.rows_A + self.logits + self.shared_rank
+
+    def split(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(h, logits, h0), views of z (..., block)."""
+        h, logits, h0 = z.split([self.rows_A, self.logits, self.shared_rank], -1)
+        return h, logits, h0
+
+    def encode(self) -> list[int]:
+        """As an operation of torch takes it."""
+        flags = [int(self.share_A), int(self.share_B), _GATES.index(self.gate), self.shared_rank]
+        return [*flags, *self.ranks]
+
+    @staticmethod
+    def decode(code: Sequence[int]) -> Layout:
+        return _decoded(tuple(code))
+
+
+@cache
+def _decoded(code: tuple[int, ...]) -> Layout:
+    share_A, share_B, gate, shared_rank, *ranks = code
+    return Layout(tuple(ranks), bool(share_A), bool(share_B), _GATES[gate], shared_rank)
+
+
+def gates(
+    z: Tensor, layout: Layout, weights: Tensor | None, router: Tensor | None
+) -> Tensor | None:
+    """g (T, n or 1, N) of z (T, n, block); None is all ones. router: (n, N, rows of A)."""
+    if layout.gate in ("ones", "given"):
+        return weights
+    h, logits, _ = layout.split(z)
+    if router is not None:
+        logits = torch.einsum("tnk,nik->tni", h, router)
+    return torch.softmax(logits, -1, dtype=_accumulator(z))
+
+
+def mix(
+    z: Tensor,
+    layout: Layout,
+    scaling: float,
+    shared_scaling: float,
+    weights: Tensor | None,
+    router: Tensor | None,
+) -> Tensor:
+    """u (T, n, m) of z (T, n, block)."""
+    h, _, h0 = layout.split(z)
+    g = gates(z, layout, weights, router)
+    mixed = scaling * _weigh(h.to(_accumulator(z)), g, layout)
+    if layout.shared_rank:
+        mixed = torch.cat([mixed, shared_scaling * h0.to(mixed.dtype)], -1)
+    return mixed.to(z.dtype)
+
+
+def mix_backward(
+    du: Tensor,
+    z: Tensor,
+    layout: Layout,
+    scaling: float,
+    shared_scaling: float,
+    weights: Tensor | None,
+    router: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(dz (T, n, block), dweights like weights, drouter like router) of du (T, n, m)."""
+    h, _, _ = layout.split(z)
+    g = gates(z, layout, weights, router)
+    own, shared = du.to(_accumulator(z)).split(
+        [du.shape[-1] - layout.shared_rank, layout.shared_rank], -1
+    )
+    dh, dg = _weigh_backward(scaling * own, h.to(own.dtype), g, layout)
+    parts, dweights, drouter = [dh], None, None
+    if layout.gate == "given" and weights is not None and dg is not None:
+        dweights = dg.sum_to_size(weights.shape).to(weights.dtype)
+    if layout.gate in ("x", "Ax"):
+        assert g is not None and dg is not None
+        dlogits = g * (dg - (g * dg).sum(-1, keepdim=True))
+        if router is None:
+            parts.append(dlogits)
+        else:
+            drouter = torch.einsum("tni,tnk->nik", dlogits, h.to(dlogits.dtype)).to(router.dtype)
+            parts = [dh + torch.einsum("tni,nik->tnk", dlogits, router.to(dlogits.dtype))]
+    if layout.shared_rank:
+        parts.append(shared_scaling * shared)
+    return torch.cat(parts, -1).to(z.dtype), dweights, drouter
+
+
+def _weigh(h: Tensor, g: Tensor | None, layout: Layout) -> Tensor:
+    """g (x) h: (T, n, columns of B)."""
+    if not layout.even:
+        return h if g is None else h * (g.to(h.dtype) @ owners(layout.ranks, h))
+    blocks = h.unflatten(-1, (-1, layout.ranks[0]))
+    if g is not None:
+        blocks = g.to(h.dtype).unsqueeze(-1) * blocks
+    elif layout.share_A:
+        blocks = blocks.expand(*blocks.shape[:-2], layout.branches, -1)
+    return blocks.sum(-2) if layout.share_B else blocks.flatten(-2)
+
+
+def _weigh_backward(
+    d: Tensor, h: Tensor, g: Tensor | None, layout: Layout
+) -> tuple[Tensor, Tensor | None]:
+    """(dh, dg (T, n, N)) of d, the gradient of g (x) h."""
+    if not layout.even:
+        owner = owners(layout.ranks, h)
+        if g is None:
+            return d, None
+        return d * (g.to(d.dtype) @ owner), (d * h) @ owner.T
+    r = layout.ranks[0]
+    blocks = d.unflatten(-1, (-1, r))
+    if layout.share_B:
+        blocks = blocks.expand(*blocks.shape[:-2], layout.branches, r)
+    dh = blocks if g is None else g.to(d.dtype).unsqueeze(-1) * blocks
+    dg = None if g is None else (blocks * h.unflatten(-1, (-1, r))).sum(-1)
+    return (dh.sum(-2) if layout.share_A else dh.flatten(-2)), dg
+
+
+def owners(ranks: tuple[int, ...], like: Tensor) -> Tensor:
+    """(N, sum of ranks): 1 where a column belongs to a branch. Only uneven ranks need it."""
+    return _owners(ranks, like.device, like.dtype)
+
+
+@cache
+def _owners(ranks: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    # Kept, because making it waits for the GPU; and outside of inference mode, since what is made
+    # in it takes no part in a backward pass.
+    with torch.inference_mode(False):
+        column = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks))
+        one_hot = torch.nn.functional.one_hot(column, len(ranks))
+        return one_hot.T.to(device, dtype)
+
+
+def _accumulator(z: Tensor) -> torch.dtype:
+    return torch.promote_types(z.dtype, torch.float32)

@@ -1,0 +1,171 @@
+"""From adapted layers to `ops.linear`: dtypes, stacked tensors, mixing weights, dropout's seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from manylora.adapter import ops
+from manylora.adapter.mixing import Layout, gates
+from manylora.adapter.router import balance_loss, id_weights, itself, router_weights
+from manylora.adapter.sharing import in_backward
+from manylora.methods import Branches
+
+if TYPE_CHECKING:
+    from manylora.adapter.layer import ManyLoraLayer
+
+_ALIGNED = 8  # rows of P: 16 bytes in half precision, which a GPU's fast products want
+
+
+def run(
+    layers: Sequence[ManyLoraLayer],
+    adapter: str,
+    x: Tensor,
+    ids: Tensor | None,
+    outputs: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """Outputs (..., out) of layers that read x (..., in), each with its adapter of that name.
+
+    The products are in x's dtype, or autocast's, whatever that of the adapter's own tensors.
+
+    Args:
+        layers: several only where `ManyLoraLayer.reads_as` holds between them.
+        ids: of branches or tasks, where the adapter needs them.
+        outputs: of the base layers; without, these are plain and are computed too.
+    """
+    first = layers[0]
+    branches, config = first.branches[adapter], first.configs[adapter]
+    dropout = config.lora_dropout if first.training else 0.0
+    own_masks = config.dropout_per_branch and dropout > 0
+    dtype = _dtype(x)
+    flat = x.reshape(-1, x.shape[-1]).to(dtype)
+    tensors = [layer.tensors(adapter) for layer in layers]
+    weights = _weights(layers, tensors, adapter, x, ids, dropout)
+    layout = Layout.of(branches)
+    if weights is not None:
+        layout = layout._replace(gate="given")
+    if own_masks and branches.share_A:  # each branch then has an A x of its own
+        layout = layout._replace(share_A=False)
+        tensors = [{**t, "A": t["A"].repeat(branches.count, 1)} for t in tensors]
+    *ys, z = ops.apply(
+        flat,
+        *_bases(layers, outputs, dtype),
+        outputs is None,
+        _down([_rows(t, layout) for t in tensors], flat),
+        [_up(t, branches).to(dtype) for t in tensors],
+        weights,
+        torch.stack([t["router"].to(dtype) for t in tensors]) if layout.gate == "Ax" else None,
+        _seeds(branches.count + 1 if own_masks else 1) if dropout else None,
+        layout.encode(),
+        first.scaling[adapter],
+        first.shared_scaling[adapter],
+        dropout,
+    )
+    if config.balance_loss is not None and first.training and not in_backward():
+        routers = [t["router"] for t in tensors]
+        _note_balance(layers, adapter, layout, z, weights, routers, x.shape[:-1])
+    return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys]
+
+
+def _dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def _bases(
+    layers: Sequence[ManyLoraLayer], outputs: Sequence[Tensor] | None, dtype: torch.dtype
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What `ops.linear` takes as bases and biases."""
+    if outputs is not None:
+        return [y.reshape(-1, y.shape[-1]).to(dtype) for y in outputs], []
+    plain = [cast(nn.Linear, layer.base_layer) for layer in layers]
+    biases = [base.bias.to(dtype) for base in plain if base.bias is not None]
+    return [base.weight.to(dtype) for base in plain], biases
+
+
+def _rows(t: dict[str, Tensor], layout: Layout) -> list[Tensor]:
+    rows = [t["A"]]
+    if layout.gate == "x":
+        rows.append(t["router"])
+    if layout.shared_rank:
+        rows.append(t["shared_A"])
+    return rows
+
+
+def _down(rows: list[list[Tensor]], like: Tensor) -> Tensor:
+    """P, padded on a GPU to an even number of rows."""
+    together = [row.to(like.dtype) for own in rows for row in own]
+    short = -sum(map(len, together)) % _ALIGNED
+    if short and like.is_cuda:
+        together.append(like.new_zeros(short, like.shape[1]))
+    return together[0] if len(together) == 1 else torch.cat(together)
+
+
+def _up(t: dict[str, Tensor], branches: Branches) -> Tensor:
+    """Q of a layer."""
+    up = ops.fold_scale(t["B"], branches, t.get("scale"))
+    return torch.cat([up, t["shared_B"]], 1) if branches.shared_rank else up
+
+
+def _seeds(count: int) -> Tensor:
+    return torch.randint(2**62, (count,))
+
+
+def _weights(
+    layers: Sequence[ManyLoraLayer],
+    tensors: Sequence[dict[str, Tensor]],
+    adapter: str,
+    x: Tensor,
+    ids: Tensor | None,
+    dropout: float,
+) -> Tensor | None:
+    """Mixing weights (T or 1, n or 1, N); None where they are ones, or come from z."""
+    branches = layers[0].branches[adapter]
+    if branches.gate in ("uniform", "one_hot"):  # the same for all
+        layers = layers[:1]
+    found: list[Tensor] = []
+    for layer, t in zip(layers, tensors, strict=False):
+        g = layer.constant_weights(branches, x)
+        if branches.needs_ids:
+            g = id_weights(branches, ids, t.get("gate"), x, layer.name)
+        elif branches.gate == "router" and branches.router_input == "Ax" and dropout:
+            # The router never sees dropout, and z has no A x without it.
+            g = router_weights(F.linear(x.to(t["A"].dtype), t["A"]), t["router"])
+        if g is None:
+            return None
+        every = g if g[..., 0].numel() == 1 else g.expand(*x.shape[:-1], g.shape[-1])
+        found.append(every.reshape(-1, g.shape[-1]))
+    return torch.stack(found, 1)
+
+
+def _note_balance(
+    layers: Sequence[ManyLoraLayer],
+    adapter: str,
+    layout: Layout,
+    z: Tensor,
+    weights: Tensor | None,
+    routers: list[Tensor],
+    lead: torch.Size,
+) -> None:
+    """Leave the balance loss of each layer's router with the layer."""
+    config = layers[0].configs[adapter]
+    # A checkpoint must not count what the loss saves: its recomputation skips the loss.
+    with torch.autograd.graph.saved_tensors_hooks(itself, itself):
+        if weights is None:
+            by_layer = ops.by_layer(z, layout, len(layers))
+            weights = gates(by_layer, layout, None, _or_none(routers, layout, z))
+        assert weights is not None
+        for j, layer in enumerate(layers):
+            layer.routing_loss[adapter] = config.balance_weight * balance_loss(
+                weights[:, j].reshape(*lead, -1), str(config.balance_loss), layer.state.token_mask
+            )
+
+
+def _or_none(routers: list[Tensor], layout: Layout, z: Tensor) -> Tensor | None:
+    return torch.stack(routers).to(z.dtype) if layout.gate == "Ax" else None

@@ -1,0 +1,225 @@
+"""The operation behind every layer: torch's own checks, compiled, shared by layers that read x."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from manylora.adapter import ops
+from manylora.adapter.ids import branch_ids
+from manylora.adapter.layer import ManyLoraLayer, layers_of
+from manylora.adapter.mixing import Layout
+from manylora.methods import resolve
+from tiny import attach, tiny_llama
+
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {"method": "lora"},
+    "multilora": {"method": "multilora", "shared_rank": 2},
+    "hydralora": {"method": "hydralora", "num_branches": 3},
+    "hydralora on Ax": {"method": "hydralora", "router_input": "Ax"},
+    "lora_moe uneven": {"method": "lora_moe", "branch_ranks": [1, 3, 2]},
+    "cluster": {"method": "branch_per_cluster", "num_branches": 3},
+    "task gate": {"method": "lora_moe", "gate": "task", "num_tasks": 3},
+}
+by_kind = pytest.mark.parametrize("kind", list(KINDS))
+
+
+def arguments(kind: str, n: int = 2, dense: bool = True) -> tuple[Any, ...]:
+    """Of `ops.linear`, with random numbers, for n layers of different widths."""
+    torch.manual_seed(0)
+    config = dict(KINDS[kind])
+    branches = resolve(config.pop("method"), r=3, **config)
+    layout = Layout.of(branches)
+
+    def draw(*shape: int, grad: bool = True) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, requires_grad=grad)
+
+    widths = [7, 4, 5][:n]
+    columns = branches.columns_B + branches.shared_rank
+    weights = router = None
+    if layout.gate == "given":
+        weights = torch.rand(6, 1, branches.count, dtype=torch.float64, requires_grad=True)
+    if layout.gate == "Ax":
+        router = draw(n, branches.count, branches.rows_A)
+    bases = [draw(w, 5, grad=False) if dense else draw(6, w) for w in widths]
+    return (
+        draw(6, 5),
+        bases,
+        [draw(w, grad=False) for w in widths] if dense else [],
+        dense,
+        draw(n * layout.block, 5),
+        [draw(w, columns) for w in widths],
+        weights,
+        router,
+        None,
+        layout.encode(),
+        0.7,
+        1.3,
+        0.0,
+    )
+
+
+@by_kind
+@pytest.mark.parametrize("dense", [True, False])
+def test_torch_finds_nothing_wrong_with_the_operation(kind: str, dense: bool) -> None:
+    torch.library.opcheck(ops.linear, arguments(kind, dense=dense))
+
+
+@by_kind
+@pytest.mark.parametrize("dense", [True, False])
+def test_its_gradients_are_those_of_finite_differences(kind: str, dense: bool) -> None:
+    given = arguments(kind, dense=dense)
+
+    def outputs(x: Tensor, down: Tensor, weights: Any, *ups: Tensor) -> tuple[Tensor, ...]:
+        own = (x, *given[1:4], down, list(ups), weights, *given[7:])
+        return tuple(ops.apply(*own))
+
+    assert torch.autograd.gradcheck(outputs, (given[0], given[4], given[6], *given[5]))
+
+
+def test_several_layers_at_once_are_each_layer_alone() -> None:
+    for kind in KINDS:
+        x, bases, biases, dense, down, ups, weights, router, *rest = arguments(kind, n=3)
+        block = Layout.decode(rest[1]).block
+        *together, _ = ops.apply(x, bases, biases, dense, down, ups, weights, router, *rest)
+        for j in range(3):
+            own = down[j * block : (j + 1) * block]
+            mine = None if router is None else router[j : j + 1]
+            alone, _ = ops.apply(
+                x, [bases[j]], [biases[j]], dense, own, [ups[j]], weights, mine, *rest
+            )
+            torch.testing.assert_close(together[j], alone, rtol=0, atol=1e-13)
+
+
+def model_of(kind: str) -> nn.Module:
+    return attach(tiny_llama(), r=4, init_weights=False, **KINDS[kind]).train()
+
+
+def loss_and_gradients(model: nn.Module, forward: Any = None) -> tuple[Tensor, list[Tensor]]:
+    tokens = torch.arange(24).reshape(3, 8) + 3
+    with branch_ids(model, [0, 2, 1]):
+        out = (model if forward is None else forward)(input_ids=tokens, use_cache=False).logits
+        loss = out.float().square().mean()
+        loss.backward()
+    found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    return loss.detach(), found
+
+
+@by_kind
+def test_compiled_whole_it_gives_the_same(kind: str) -> None:
+    model = model_of(kind)
+    loss, gradients = loss_and_gradients(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    again, others = loss_and_gradients(model, compiled)
+    torch.testing.assert_close(again, loss)
+    assert len(others) == len(gradients)
+    for mine, other in zip(gradients, others, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
+
+
+@by_kind
+def test_what_siblings_compute_for_each_other_is_what_each_computes(kind: str) -> None:
+    shared = model_of(kind).double()
+    alone = copy.deepcopy(shared)
+    assert [one.name for one in layers_of(shared)[0].siblings] == [
+        f"model.layers.0.self_attn.{name}_proj" for name in "kv"
+    ]
+    for layer in layers_of(alone):
+        layer.siblings = []
+    results = [loss_and_gradients(model) for model in (shared, alone)]
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-12, atol=1e-14)
+    for mine, other in zip(results[0][1], results[1][1], strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-13)
+
+
+def attention() -> tuple[nn.Module, list[ManyLoraLayer]]:
+    model = model_of("hydralora").double()
+    return model, layers_of(model)[:3]
+
+
+def test_a_sibling_that_reads_something_else_computes_for_itself() -> None:
+    _, (q, k, v) = attention()
+    x, other = torch.randn(2, 4, 32).double(), torch.randn(2, 4, 32).double()
+    expected = [layer(x) for layer in (q, k, v)]
+    q(x)
+    assert torch.equal(k(other), k(other.clone()))
+    q(x)
+    assert not torch.allclose(k(other), expected[1])
+    # In any order, and each as often as one likes.
+    for layer, y in zip((v, q, k), (expected[2], *expected[:2]), strict=True):
+        torch.testing.assert_close(layer(x), y, rtol=0, atol=1e-12)
+        torch.testing.assert_close(layer(x), y, rtol=0, atol=1e-12)
+
+
+def test_a_tensor_changed_in_place_is_read_again() -> None:
+    _, (q, k, _) = attention()
+    x = torch.randn(2, 4, 32).double()
+    with torch.no_grad():
+        q(x)
+        x += 1
+        torch.testing.assert_close(k(x), k(x.clone()), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("change", ["hook", "trained base", "disabled", "merged", "dropout"])
+def test_layers_that_are_more_than_a_product_are_left_out(change: str) -> None:
+    config = {**KINDS["multilora"], "lora_dropout": 0.1 if change == "dropout" else 0.0}
+    model = attach(tiny_llama(), r=4, init_weights=False, **config).train()
+    q, k, _ = layers_of(model)[:3]
+    calls: list[int] = []
+    if change == "hook":
+        k.base_layer.register_forward_hook(lambda *given: calls.append(1))
+    if change == "trained base":
+        k.base_layer.weight.requires_grad_(True)
+    if change == "disabled":
+        k.enable_adapters(False)
+    if change == "merged":
+        k.merge()
+    x = torch.randn(2, 4, 32)
+    assert not q.reads_as(k, "default", x)
+    q(x)
+    y = k(x)
+    assert len(calls) == (1 if change == "hook" else 0)
+    if change == "trained base":
+        y.sum().backward()
+        assert k.base_layer.weight.grad.any()
+
+
+def test_siblings_under_checkpointing_give_the_same_gradients() -> None:
+    model, (q, k, v) = attention()
+    x = torch.randn(2, 4, 32, dtype=torch.float64, requires_grad=True)
+
+    def block(x: Tensor) -> Tensor:
+        return (q(x) * 2 + 1).sum() + k(x).square().sum() + v(x).square().sum()
+
+    found = []
+    for reentrant in (None, True, False):
+        y = block(x) if reentrant is None else checkpoint(block, x, use_reentrant=reentrant)
+        y.backward()
+        own = [p.grad.clone() for layer in (q, k, v) for p in layer.parameters() if p.requires_grad]
+        found.append([x.grad.clone(), *own])
+        x.grad = None
+        model.zero_grad()
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_an_output_that_is_not_used_costs_no_gradient() -> None:
+    _, (q, k, v) = attention()
+    x = torch.randn(2, 4, 32).double()
+    q(x).sum().backward()
+    assert q.manylora_B["default"].weight.grad.any()
+    assert not k.manylora_B["default"].weight.grad.any()
+    assert not v.manylora_A["default"].weight.grad.any()
+
+
+def test_nothing_of_a_forward_pass_is_copied_or_kept() -> None:
+    model, (q, _, _) = attention()
+    q(torch.randn(2, 4, 32).double())
+    state = copy.deepcopy(model).base_model.branch_state.shared
+    assert state.x is None and state.aside == {}
