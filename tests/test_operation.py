@@ -14,6 +14,7 @@ from manylora.adapter import ops
 from manylora.adapter.ids import branch_ids
 from manylora.adapter.layer import ManyLoraLayer, layers_of
 from manylora.adapter.mixing import Layout
+from manylora.adapter.recompute import factors_of
 from manylora.methods import resolve
 from tiny import attach, tiny_llama
 
@@ -223,3 +224,54 @@ def test_nothing_of_a_forward_pass_is_copied_or_kept() -> None:
     q(torch.randn(2, 4, 32).double())
     state = copy.deepcopy(model).base_model.branch_state.shared
     assert state.x is None and state.aside == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_an_input_computed_again_gives_the_same_bits_and_is_not_kept(
+    dtype: torch.dtype, autocast: bool
+) -> None:
+    found, sizes = [], []
+    for recompute in (False, True):
+        model = attach(tiny_llama(), r=4, init_weights=False, **KINDS["hydralora"]).train()
+        model.to(dtype)
+        model.enable_input_require_grads()
+        model.base_model.branch_state.recompute = recompute
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = model(input_ids=torch.arange(24).reshape(3, 8) + 3, use_cache=False).logits
+        sizes.append(kept_bytes(out))
+        out.float().square().mean().backward()
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    # Each of the two layers reads two norms (24 tokens, 32 wide) and a product (48 wide).
+    cast = autocast and dtype != torch.float64  # which autocast leaves alone
+    width = 2 if cast else torch.empty(0, dtype=dtype).element_size()
+    assert sizes[0] - sizes[1] == 2 * 24 * (32 + 32 + 48) * width
+
+
+def kept_bytes(out: Tensor) -> int:
+    """Of the tensors that autograd keeps for a backward pass, each storage once."""
+    kept: dict[int, int] = {}
+    seen, waiting = set(), [out.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        waiting += [one for one, _ in node.next_functions]
+        names = [name for name in dir(node) if name.startswith("_saved_")]
+        values = [getattr(node, name) for name in names if not name.endswith("_raw_saved_tensors")]
+        values += list(getattr(node, "saved_tensors", ()))
+        for value in values:
+            if isinstance(value, Tensor):
+                kept[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+    return sum(kept.values())
+
+
+def test_a_checkpoint_s_tensors_are_left_to_it() -> None:
+    x = torch.randn(4, requires_grad=True)
+    product = (x * 2) * x.exp()
+    assert factors_of(product) is not None
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        assert factors_of(product) is None
+    assert factors_of(x) is None and factors_of(x + 1) is None and factors_of(x * 3) is None

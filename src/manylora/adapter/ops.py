@@ -13,9 +13,10 @@ and backwards, by hand:
 
 Two skinny products forwards and four backwards, whatever the number of branches; x is read once for
 all n layers, and their share of dx is added in place. Only x, z and the mixing weights that were
-given are kept for the backward pass: u is computed again, and dropout's mask comes again from its
-seed. `linear` is registered with torch, so that torch.compile keeps it whole; where the base layer
-is no plain linear one (quantised, sharded, hooked), its own output y_j takes the place of W_j.
+given are kept for the backward pass, and x not where it can be computed again (recompute.py). u is
+computed again, and dropout's mask comes again from its seed. `linear` is registered with torch, so
+that torch.compile keeps it whole; where the base layer is no plain linear one (quantised, sharded,
+hooked), its own output y_j takes the place of W_j.
 
 The loop written from the papers is the reference in the tests (2106.09685, 2311.11501, 2404.19245).
 """
@@ -32,6 +33,7 @@ from torch.nn import functional as F
 
 from manylora.adapter.masks import down_backward, down_product
 from manylora.adapter.mixing import Layout, mix, mix_backward, owners
+from manylora.adapter.recompute import computed_again
 from manylora.methods import Branches
 
 
@@ -162,18 +164,26 @@ def _(
     ]
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+def _keep(
+    ctx: Any, inputs: tuple[Any, ...], output: list[Tensor], factors: tuple[Tensor, ...] = ()
+) -> None:
     x, bases, biases, dense, down, ups, weights, router, seed, *rest = inputs
     ctx.rest, ctx.dense, ctx.biases = rest, dense, len(biases)
     ctx.wants_x = x.requires_grad
     ctx.wants_weights = weights is not None and weights.requires_grad
     kept = bases if dense else []
-    ctx.save_for_backward(x, output[-1], down, weights, router, seed, *kept, *ups)
+    ctx.shape, ctx.factors = x.shape, len(factors)
+    own = (output[-1], down, weights, router, seed, *kept, *ups)
+    ctx.save_for_backward(*(factors or (x,)), *own)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
-    x, z, down, weights, router, seed, *others = ctx.saved_tensors
+    saved, own = ctx.saved_tensors, max(1, ctx.factors)
+    z, down, weights, router, seed, *others = saved[own:]
+    x = saved[0]
+    if ctx.factors:
+        x = computed_again(saved[:own]).reshape(ctx.shape).to(z.dtype)
     *dys, dz = grads
     n = len(dys)
     if any(dy is None for dy in dys):  # outputs that nothing was made of
@@ -206,12 +216,12 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rest: tuple[Any, ...], x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
-        n, dense, *numbers = rest
+        n, dense, factors, *numbers = rest
         down, weights, router, seed, *others = tensors
         bases, ups = others[:n], others[n : 2 * n]
         inputs = (x, bases, others[2 * n :], dense, down, ups, weights, router, seed, *numbers)
         output = linear(*inputs)
-        _keep(ctx, inputs, output)
+        _keep(ctx, inputs, output, factors)
         return tuple(output)
 
     @staticmethod
@@ -231,11 +241,12 @@ def apply(
     router: Tensor | None,
     seed: Tensor | None,
     *numbers: Any,
+    factors: tuple[Tensor, ...] = (),
 ) -> Sequence[Tensor]:
-    """`linear`, by the shortest way that there is."""
+    """`linear`, by the shortest way that there is. factors: of x, kept instead (recompute.py)."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return linear(x, bases, biases, dense, down, ups, weights, router, seed, *numbers)
-    rest = (len(ups), dense, *numbers)
+    rest = (len(ups), dense, factors, *numbers)
     return _Linear.apply(rest, x, down, weights, router, seed, *bases, *ups, *biases)
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from manylora.adapter import ops
 from manylora.adapter.mixing import Layout, gates
+from manylora.adapter.recompute import factors_of
 from manylora.adapter.router import balance_loss, id_weights, itself, router_weights
 from manylora.adapter.sharing import in_backward
 from manylora.methods import Branches
@@ -64,11 +65,20 @@ def run(
         first.scaling[adapter],
         first.shared_scaling[adapter],
         dropout,
+        factors=_factors(x, first),
     )
     if config.balance_loss is not None and first.training and not in_backward():
         routers = [t["router"] for t in tensors]
         _note_balance(layers, adapter, layout, z, weights, routers, x.shape[:-1])
     return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys]
+
+
+def _factors(x: Tensor, layer: ManyLoraLayer) -> tuple[Tensor, ...]:
+    """What to keep instead of x: on a GPU, whose memory is short, or where that was asked for."""
+    wanted = layer.state.recompute
+    if torch.compiler.is_compiling() or not (x.is_cuda if wanted is None else wanted):
+        return ()
+    return factors_of(x) or ()
 
 
 def _dtype(x: Tensor) -> torch.dtype:

@@ -16,11 +16,13 @@ class BranchState:
 
     ids: of the branches or tasks. selected: whether a selector chose them, one for each prompt.
     token_mask: (batch, tokens), true where a token is not padding. shared: what siblings computed.
+    recompute: whether layers compute their input again rather than keep it; None: on a GPU.
     """
 
     ids: Tensor | None = None
     selected: bool = False
     token_mask: Tensor | None = None
+    recompute: bool | None = None
     shared: SharedReads = field(default_factory=SharedReads)
 
     def ids_for(self, x: Tensor) -> Tensor | None:
