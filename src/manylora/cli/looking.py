@@ -1,4 +1,4 @@
-"""Verbs before a run: a first one, a recipe, the data, the tasks hidden in them."""
+"""Verbs before a run: a first one, a recipe, the data, the tasks hidden in them, what it costs."""
 
 from __future__ import annotations
 
@@ -78,3 +78,47 @@ def discover(
     options = DiscoveryOptions(features=features, clusters=clusters, max_clusters=max_clusters)
     found = discover_files(data, output, options, model or DEFAULT_MODEL, seed, console)
     print_found(found, output, Console())
+
+
+@app.command()
+def bench(
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe (YAML) or a run folder.")] = None,
+    changes: Changes = None,
+    model: Annotated[
+        str | None, typer.Option(help="The base model, instead of the recipe's.")
+    ] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Comma-separated, as frozen,peft_lora,lora,hydralora.")
+    ] = None,
+    tokens: Annotated[
+        str | None, typer.Option(help="Of a step: ROWSxLENGTH; default 4x512, on a CPU 1x64.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Of a branch; default 16.")] = None,
+    branches: Annotated[int | None, typer.Option(min=1, help="Default 3.")] = None,
+    dropout: Annotated[float | None, typer.Option(min=0, max=0.99)] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Measured of each; default 20, on a CPU 10.")
+    ] = None,
+    mode: Annotated[Literal["eager", "compiled"], typer.Option(help="torch.compile.")] = "eager",
+    adapter_dtype: Annotated[
+        Literal["bfloat16", "float32"] | None, typer.Option(help="Default: the model's.")
+    ] = None,
+    checkpointing: Annotated[bool, typer.Option("--checkpointing")] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="Append each step's time to this JSON Lines file.")
+    ] = None,
+) -> None:
+    """Measure a training step of each method on this device, at your sizes."""
+    from manylora.bench import Sizes, bench, shown
+    from manylora.recipe import load_recipe
+    from manylora.speed.results import append
+
+    path, changes = recipe_and_changes(recipe, changes)
+    loaded = load_recipe(path, changes) if path is not None or changes else None
+    sizes = Sizes(
+        methods, tokens, rank, branches, dropout, steps, mode, adapter_dtype, checkpointing
+    )
+    rows = bench(loaded, model, sizes, lambda line: console.print(line, markup=False))
+    if output is not None:
+        append(output, rows)
+    typer.echo(shown(rows))
