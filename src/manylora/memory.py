@@ -6,13 +6,13 @@ With T = batch size x longest row (tokens), L blocks, b bytes a number in the re
     weights      parameters x bytes of dtype; 4bit 0.55, 8bit 1.05 in the blocks, the rest 4
     adapter      trained parameters x 16: weight, gradient and AdamW's two moments in float32
     cast copies  under autocast, the frozen weights in half precision: backward needs them
-    activations  T x slack x ( sum out x b + sum in x b x copies + L x (8 hidden + b widest) )
+    activations  T x slack x ( sum out x b + inputs x b + z x b + L x (8 hidden + b widest) )
     logits       one tile of the head: positions x min(vocabulary, 32768)
 
-`copies` is what A and the router keep of their input: an own half-precision copy each under
-autocast, while in plain float32 neighbours (q, k, v) keep one together. `8 hidden` are the two
-float32 inputs of the norms, `widest` the product in the feed-forward layer. With gradient
-checkpointing one block is alive, and of the others their inputs. `slack` is the memory allocator's.
+`inputs` are those of the adapted layers, once where q, k and v (gate and up) are computed together;
+`z` is what A and the router make of them. `8 hidden` are the two float32 inputs of the norms,
+`widest` the product in the feed-forward layer. With gradient checkpointing one block is alive, and
+of the others their inputs. `slack` is the memory allocator's.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from manylora.adapter.config import ManyLoraConfig
 from manylora.adapter.layer import layers_of
+from manylora.adapter.sharing import SIBLINGS
 from manylora.base import load_tokenizer
 from manylora.corpus import Corpus, Encoder, Example
 from manylora.methods import Branches, count_parameters
@@ -182,22 +183,20 @@ def token_bytes(recipe: Recipe, shapes: Shapes, width: int) -> float:
     """Bytes that backward needs for each token of a batch, over all blocks."""
     config = recipe.config()
     total = 0.0
-    shared_inputs = set()
+    inputs = set()
     for name, (n_in, n_out) in shapes.linears.items():
         total += n_out * width
         if (branches := shapes.adapted.get(name)) is None:
             continue
-        if width == 4 and recipe.dtype == "float32":
-            shared_inputs.add((name.rpartition(".")[0], n_in))
-        else:
-            reads_x = branches.gate == "router" and branches.router_input == "x"
-            total += n_in * width * (2 if reads_x else 1)
-        total += (branches.columns_B + branches.shared_rank) * width
-        if branches.gate != "ones":  # before the mixing too, and the float32 weights
-            total += branches.rows_A * width + branches.count * 8
-        if config.lora_dropout:  # a float32 mask and the masked input
-            total += n_in * 8 * (branches.count if config.dropout_per_branch else 1)
-    total += sum(n_in * width for _, n_in in shared_inputs)
+        parent, _, own = name.rpartition(".")
+        together = next((names for names in SIBLINGS if own in names), own)
+        if config.lora_dropout and width == 2:  # each its own copy in half precision
+            together = own
+        inputs.add((parent, together, n_in))
+        total += (branches.rows_A + branches.shared_rank) * width
+        if branches.gate != "ones":
+            total += branches.count * 4
+    total += sum(n_in * width for _, _, n_in in inputs)
     widest = max(max(size) for size in shapes.linears.values())
     total += shapes.blocks * (8 * shapes.hidden + width * widest)
     if recipe.train.gradient_checkpointing:
