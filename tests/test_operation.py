@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -122,6 +123,18 @@ def test_compiled_whole_it_gives_the_same(kind: str) -> None:
     assert len(others) == len(gradients)
     for mine, other in zip(gradients, others, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
+
+
+@by_kind
+def test_all_blocks_share_one_graph(kind: str) -> None:
+    torch._dynamo.reset()
+    model = model_of(kind)
+    model.enable_input_require_grads()
+    counter = torch._dynamo.testing.CompileCounter()
+    for block in model.base_model.model.model.layers:
+        block.compile(backend=counter, fullgraph=True)
+    loss_and_gradients(model)
+    assert counter.frame_count == 1
 
 
 @by_kind

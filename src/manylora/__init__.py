@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 from manylora.adapter.config import HydraLoraConfig, ManyLoraConfig, MultiLoraConfig
 from manylora.adapter.ids import branch_ids
+from manylora.adapter.prompt_mixing import prompt_mixing
 from manylora.adapter.training import ManyLoraTrainerMixin, balance_loss
 from manylora.adapter.tuner import ManyLoraModel, register
 
@@ -23,6 +24,7 @@ __all__ = [
     "balance_loss",
     "branch_ids",
     "load",
+    "prompt_mixing",
 ]
 
 register()

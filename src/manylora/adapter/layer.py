@@ -48,6 +48,7 @@ class ManyLoraLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.name = name
+        self.own_name = name.rpartition(".")[2]  # the same in all blocks: one graph for them
         self.state = state
         self.quantization_backend = resolve_quantization_backend(
             self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")

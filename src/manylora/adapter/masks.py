@@ -1,18 +1,20 @@
 """The products with P, and dropout in them: its masks are drawn again from their seeds.
 
 A router reads x as it is. One mask serves all branches and the shared one, or, with N + 1 seeds,
-each branch has its own, as in the HydraLoRA authors' code, and the shared one the last.
+each branch has its own, as in the HydraLoRA authors' code, and the shared one the last. On a GPU,
+in half precision and with one mask, no mask is ever written (dropout_kernels.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from manylora.adapter.mixing import Layout
+from manylora.adapter.mixing import Layout, has_triton
 
 
 def down_product(
@@ -21,6 +23,10 @@ def down_product(
     """z = drop(x) P' (T, rows of P)."""
     if not dropout:
         return x @ down.t()
+    assert seed is not None
+    if (kernels := _kernels(x, seed)) is not None:
+        z: Tensor = kernels.dropout_linear(x, down, dropout, int(seed), _plain(layout))
+        return z
     z = x.new_empty(x.shape[0], down.shape[0])
     for rows, mask in _masked_rows(x, layout, dropout, seed):
         torch.mm(x if mask is None else x * mask, down[rows].t(), out=z[:, rows])
@@ -41,6 +47,13 @@ def down_backward(
         if dx is not None:
             dx.addmm_(dz, down)
         return dz.t() @ x
+    assert seed is not None
+    if (kernels := _kernels(x, seed)) is not None:
+        rest = (down, dropout, int(seed), _plain(layout))
+        if dx is not None:
+            kernels.dropout_linear_backward_x(dx, dz, *rest)
+        d: Tensor = kernels.dropout_linear_backward_A(dz, x, *rest[1:])
+        return d
     ddown = torch.empty_like(down)
     for rows, mask in _masked_rows(x, layout, dropout, seed):
         d = dz[:, rows]
@@ -51,10 +64,9 @@ def down_backward(
 
 
 def _masked_rows(
-    x: Tensor, layout: Layout, dropout: float, seed: Tensor | None
+    x: Tensor, layout: Layout, dropout: float, seed: Tensor
 ) -> Iterator[tuple[slice, Tensor | None]]:
     """Rows of the P of one layer, and the mask of what they read, scaled by 1 / (1 - p)."""
-    assert seed is not None
     ends = [layout.rows_A] if len(seed) == 1 else list(accumulate(layout.ranks))
     start = 0
     for place, end in enumerate(ends):
@@ -67,6 +79,20 @@ def _masked_rows(
     if layout.shared_rank:
         own = mask if len(seed) == 1 else _mask(x, dropout, int(seed[-1]))
         yield slice(start, start + layout.shared_rank), own
+
+
+def _plain(layout: Layout) -> tuple[int, int]:
+    """Rows of P that read x as it is: a router's."""
+    return layout.rows_A, layout.rows_A + layout.logits
+
+
+def _kernels(x: Tensor, seed: Tensor) -> Any:
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    if not x.is_cuda or not half or len(seed) > 1 or not has_triton():
+        return None
+    from manylora.adapter import dropout_kernels
+
+    return dropout_kernels
 
 
 def _mask(x: Tensor, dropout: float, seed: int) -> Tensor:

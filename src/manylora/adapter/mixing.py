@@ -7,14 +7,16 @@ The columns of z that belong to a layer (block K of them), and of its u (m):
     g   = softmax(logits), softmax(R h), the weights that are given, or all ones
 
 A shared: g (x) h = [g_1 h, ..., g_N h]. Own A: block i of h times g_i. B shared: those blocks' sum.
-Arithmetic in at least float32; u has z's dtype. Per token, and small beside the products.
+Arithmetic in at least float32; u has z's dtype. Per token, and small beside the products; on a GPU
+one kernel each way (kernels.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Literal, NamedTuple
+from importlib.util import find_spec
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -99,15 +101,22 @@ def gates(
 
 def mix(
     z: Tensor,
+    n: int,
     layout: Layout,
     scaling: float,
     shared_scaling: float,
     weights: Tensor | None,
     router: Tensor | None,
 ) -> Tensor:
-    """u (T, n, m) of z (T, n, block)."""
-    h, _, h0 = layout.split(z)
-    g = gates(z, layout, weights, router)
+    """u (T, n, m) of z (T, K), which holds n layers and perhaps padding."""
+    if (kernels := _kernels(z, layout)) is not None:
+        given = None if weights is None else weights.expand(len(z), -1, -1)
+        shape = _shape(n, layout)
+        u: Tensor = kernels.mix_forward(z, *shape, given, *_shared(layout, scaling, shared_scaling))
+        return u.unflatten(1, (n, -1))
+    own = by_layer(z, layout, n)
+    h, _, h0 = layout.split(own)
+    g = gates(own, layout, weights, router)
     mixed = scaling * _weigh(h.to(_accumulator(z)), g, layout)
     if layout.shared_rank:
         mixed = torch.cat([mixed, shared_scaling * h0.to(mixed.dtype)], -1)
@@ -117,13 +126,37 @@ def mix(
 def mix_backward(
     du: Tensor,
     z: Tensor,
+    n: int,
+    layout: Layout,
+    scaling: float,
+    shared_scaling: float,
+    weights: Tensor | None,
+    router: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(u, dz like z, dweights like weights, drouter like router) of du (T, n, m)."""
+    if (kernels := _kernels(z, layout)) is not None:
+        given = None if weights is None else weights.expand(len(z), -1, -1)
+        rest = (*_shape(n, layout), given, *_shared(layout, scaling, shared_scaling))
+        u = torch.empty_like(du)
+        dz, dw = kernels.mix_backward(du.flatten(1), z, *rest, given is not None, u.flatten(1))
+        dweights = None if weights is None else dw.sum_to_size(weights.shape)
+        return u, dz, dweights, None
+    own = by_layer(z, layout, n)
+    dz, dweights, drouter = _mix_backward(du, own, layout, scaling, shared_scaling, weights, router)
+    dz = torch.nn.functional.pad(dz.flatten(1), (0, z.shape[1] - n * layout.block))
+    return mix(z, n, layout, scaling, shared_scaling, weights, router), dz, dweights, drouter
+
+
+def _mix_backward(
+    du: Tensor,
+    z: Tensor,
     layout: Layout,
     scaling: float,
     shared_scaling: float,
     weights: Tensor | None,
     router: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(dz (T, n, block), dweights like weights, drouter like router) of du (T, n, m)."""
+    """(dz, dweights, drouter) of z (T, n, block)."""
     h, _, _ = layout.split(z)
     g = gates(z, layout, weights, router)
     own, shared = du.to(_accumulator(z)).split(
@@ -144,6 +177,38 @@ def mix_backward(
     if layout.shared_rank:
         parts.append(shared_scaling * shared)
     return torch.cat(parts, -1).to(z.dtype), dweights, drouter
+
+
+def by_layer(z: Tensor, layout: Layout, n: int) -> Tensor:
+    """z (T, n, block) without the columns that pad it."""
+    return z[:, : n * layout.block].unflatten(1, (n, layout.block))
+
+
+def _kernels(z: Tensor, layout: Layout) -> Any:
+    """The Triton kernels, which do the same in one pass, where they can."""
+    if not z.is_cuda or z.dtype == torch.float64 or not layout.even or layout.gate == "Ax":
+        return None
+    if not has_triton():
+        return None
+    from manylora.adapter import kernels
+
+    fits = kernels.mix_fits(layout.branches, layout.ranks[0], layout.shared_rank)
+    return kernels if fits else None
+
+
+@cache
+def has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def _shape(n: int, layout: Layout) -> tuple[Any, ...]:
+    routed = layout.gate == "x"
+    r = layout.ranks[0]
+    return n, layout.branches, r, layout.share_A, layout.share_B, routed
+
+
+def _shared(layout: Layout, scaling: float, shared_scaling: float) -> tuple[Any, ...]:
+    return layout.shared_rank, scaling, shared_scaling
 
 
 def _weigh(h: Tensor, g: Tensor | None, layout: Layout) -> Tensor:

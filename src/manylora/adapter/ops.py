@@ -77,7 +77,7 @@ def linear(
     lay = Layout.decode(layout)
     with _as_is(x):
         z = down_product(x, down, lay, dropout, seed)
-        u = mix(by_layer(z, lay, len(ups)), lay, scaling, shared_scaling, weights, router)
+        u = mix(z, len(ups), lay, scaling, shared_scaling, weights, router)
         ys = []
         for j, up in enumerate(ups):
             mine = u[:, j]
@@ -119,15 +119,13 @@ def linear_backward(
     """
     lay, n = Layout.decode(layout), len(ups)
     with _as_is(x):
-        zs = by_layer(z, lay, n)
-        u = mix(zs, lay, scaling, shared_scaling, weights, router)
+        du = z.new_empty(len(z), n, ups[0].shape[1])
+        for j, (dy, up) in enumerate(zip(dys, ups, strict=True)):
+            torch.mm(dy, up, out=du[:, j])
+        u, own, dweights, drouter = mix_backward(
+            du, z, n, lay, scaling, shared_scaling, weights, router
+        )
         dups = [dy.t() @ u[:, j] for j, dy in enumerate(dys)]
-        dus = [dy @ up for dy, up in zip(dys, ups, strict=True)]
-        du = torch.stack(dus, 1) if n > 1 else dus[0].unsqueeze(1)
-        own, dweights, drouter = mix_backward(du, zs, lay, scaling, shared_scaling, weights, router)
-        own = own.flatten(1)
-        if own.shape[1] < z.shape[1]:
-            own = F.pad(own, (0, z.shape[1] - own.shape[1]))
         dz = own if dz is None else own + dz
         dx = _through_bases(dys, bases, x) if wants_x else None
         ddown = down_backward(dx, dz, x, down, lay, dropout, seed)
@@ -248,11 +246,6 @@ def apply(
         return linear(x, bases, biases, dense, down, ups, weights, router, seed, *numbers)
     rest = (len(ups), dense, factors, *numbers)
     return _Linear.apply(rest, x, down, weights, router, seed, *bases, *ups, *biases)
-
-
-def by_layer(z: Tensor, layout: Layout, n: int) -> Tensor:
-    """z (T, n, block) without the columns that pad it."""
-    return z[:, : n * layout.block].unflatten(1, (n, layout.block))
 
 
 def _through_bases(dys: list[Tensor], bases: list[Tensor], x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from manylora.adapter import ops
-from manylora.adapter.mixing import Layout, gates
+from manylora.adapter.mixing import Layout, by_layer, gates
 from manylora.adapter.recompute import factors_of
 from manylora.adapter.router import balance_loss, id_weights, itself, router_weights
 from manylora.adapter.sharing import in_backward
@@ -18,6 +18,7 @@ from manylora.methods import Branches
 
 if TYPE_CHECKING:
     from manylora.adapter.layer import ManyLoraLayer
+    from manylora.adapter.prompt_mixing import Pair
 
 _ALIGNED = 8  # rows of P: 16 bytes in half precision, which a GPU's fast products want
 
@@ -40,6 +41,9 @@ def run(
     """
     first = layers[0]
     branches, config = first.branches[adapter], first.configs[adapter]
+    pair = _pair(layers, adapter, x)
+    if pair is not None:
+        return _with_pair(layers, pair, x, outputs)
     dropout = config.lora_dropout if first.training else 0.0
     own_masks = config.dropout_per_branch and dropout > 0
     dtype = _dtype(x)
@@ -67,9 +71,32 @@ def run(
         dropout,
         factors=_factors(x, first),
     )
-    if config.balance_loss is not None and first.training and not in_backward():
-        routers = [t["router"] for t in tensors]
-        _note_balance(layers, adapter, layout, z, weights, routers, x.shape[:-1])
+    if branches.gate == "router":
+        _note(layers, adapter, layout, z, weights, tensors, x)
+    return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys]
+
+
+def _pair(layers: Sequence[ManyLoraLayer], adapter: str, x: Tensor) -> Pair | None:
+    """What a prompt left for the tokens after it, where that is one low-rank pair a layer."""
+    prompt = layers[0].state.prompt
+    if prompt is None or layers[0].branches[adapter].gate != "router":
+        return None
+    return prompt.pair(layers, adapter, x)
+
+
+def _with_pair(
+    layers: Sequence[ManyLoraLayer], pair: Pair, x: Tensor, outputs: Sequence[Tensor] | None
+) -> list[Tensor]:
+    """`run` where each layer's branches are already one low-rank pair."""
+    flat = x.reshape(-1, x.shape[-1]).to(_dtype(x))
+    bases, biases = _bases(layers, outputs, flat.dtype)
+    if outputs is None:
+        own: list[Tensor | None] = [*biases] or [None] * len(bases)
+        ys = [F.linear(flat, base, bias) for base, bias in zip(bases, own, strict=True)]
+    else:
+        ys = [y.clone() for y in bases]
+    for y, hidden, up in zip(ys, pair.hidden(flat), pair.ups, strict=True):
+        y.addmm_(hidden, up.to(flat.dtype).t())
     return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys]
 
 
@@ -136,7 +163,9 @@ def _weights(
     dropout: float,
 ) -> Tensor | None:
     """Mixing weights (T or 1, n or 1, N); None where they are ones, or come from z."""
-    branches = layers[0].branches[adapter]
+    branches, prompt = layers[0].branches[adapter], layers[0].state.prompt
+    if branches.gate == "router" and prompt is not None and not prompt.reads(layers[0], x):
+        return prompt.weights(layers, adapter)
     if branches.gate in ("uniform", "one_hot"):  # the same for all
         layers = layers[:1]
     found: list[Tensor] = []
@@ -154,27 +183,36 @@ def _weights(
     return torch.stack(found, 1)
 
 
-def _note_balance(
+def _note(
     layers: Sequence[ManyLoraLayer],
     adapter: str,
     layout: Layout,
     z: Tensor,
     weights: Tensor | None,
-    routers: list[Tensor],
-    lead: torch.Size,
+    tensors: Sequence[dict[str, Tensor]],
+    x: Tensor,
 ) -> None:
-    """Leave the balance loss of each layer's router with the layer."""
-    config = layers[0].configs[adapter]
+    """Leave with each layer its router's balance loss, and what it mixed a prompt with."""
+    config, state = layers[0].configs[adapter], layers[0].state
+    balanced = config.balance_loss is not None and layers[0].training and not in_backward()
+    reads_prompt = state.prompt is not None and state.prompt.reads(layers[0], x)
+    if not balanced and not reads_prompt:
+        return
     # A checkpoint must not count what the loss saves: its recomputation skips the loss.
     with torch.autograd.graph.saved_tensors_hooks(itself, itself):
         if weights is None:
-            by_layer = ops.by_layer(z, layout, len(layers))
-            weights = gates(by_layer, layout, None, _or_none(routers, layout, z))
+            own = by_layer(z, layout, len(layers))
+            routers = [t["router"] for t in tensors]
+            weights = gates(own, layout, None, _or_none(routers, layout, z))
         assert weights is not None
-        for j, layer in enumerate(layers):
+        for j, layer in enumerate(layers if balanced else ()):
             layer.routing_loss[adapter] = config.balance_weight * balance_loss(
-                weights[:, j].reshape(*lead, -1), str(config.balance_loss), layer.state.token_mask
+                weights[:, j].reshape(*x.shape[:-1], -1),
+                str(config.balance_loss),
+                state.token_mask,
             )
+    if state.prompt is not None and reads_prompt:
+        state.prompt.note(layers, adapter, weights, z.dtype)
 
 
 def _or_none(routers: list[Tensor], layout: Layout, z: Tensor) -> Tensor | None:

@@ -41,7 +41,7 @@ def find_siblings(layers: Iterable[ManyLoraLayer]) -> None:
 
 @dataclass
 class SharedReads:
-    """What the layers of one model computed for each other: outputs by name, for the input x.
+    """What the layers of one model computed for each other: outputs by own name, for the input x.
 
     version: of x, which changes when x is written to.
     """
@@ -55,9 +55,9 @@ class SharedReads:
 
     def taken(self, layer: ManyLoraLayer, x: Tensor) -> Tensor | None:
         """What was computed for this layer and input, once."""
-        if self.x is not x or self.version != _version(x) or layer.name not in self.aside:
+        if self.x is not x or self.version != _version(x) or layer.own_name not in self.aside:
             return None
-        y = self.aside.pop(layer.name)
+        y = self.aside.pop(layer.own_name)
         if not self.aside:
             self.x = None
         return y
@@ -71,7 +71,7 @@ class SharedReads:
         """Keep the outputs of all readers but the first."""
         if len(readers) > 1:
             self.x, self.version = x, _version(x)
-            self.aside = {one.name: y for one, y in zip(readers[1:], ys[1:], strict=True)}
+            self.aside = {one.own_name: y for one, y in zip(readers[1:], ys[1:], strict=True)}
 
 
 def _version(x: Tensor) -> int:

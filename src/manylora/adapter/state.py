@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from manylora.adapter.sharing import SharedReads
+
+if TYPE_CHECKING:
+    from manylora.adapter.prompt_mixing import PromptMixing
 
 
 @dataclass
@@ -17,6 +21,7 @@ class BranchState:
     ids: of the branches or tasks. selected: whether a selector chose them, one for each prompt.
     token_mask: (batch, tokens), true where a token is not padding. shared: what siblings computed.
     recompute: whether layers compute their input again rather than keep it; None: on a GPU.
+    prompt: where a router's weights of the prompt are kept; None: it mixes every token anew.
     """
 
     ids: Tensor | None = None
@@ -24,6 +29,7 @@ class BranchState:
     token_mask: Tensor | None = None
     recompute: bool | None = None
     shared: SharedReads = field(default_factory=SharedReads)
+    prompt: PromptMixing | None = None
 
     def ids_for(self, x: Tensor) -> Tensor | None:
         """The ids for a layer input x (batch, ..., in)."""
