@@ -11,7 +11,7 @@ import torch._dynamo.testing
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from manylora.adapter import ops
+from manylora.adapter import ops, running
 from manylora.adapter.ids import branch_ids
 from manylora.adapter.layer import ManyLoraLayer, layers_of
 from manylora.adapter.mixing import Layout
@@ -288,3 +288,32 @@ def test_a_checkpoint_s_tensors_are_left_to_it() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
         assert factors_of(product) is None
     assert factors_of(x) is None and factors_of(x + 1) is None and factors_of(x * 3) is None
+
+
+@pytest.mark.parametrize("ids", [[3], [3, 3, 3], [5, 1, 5], [-1, 2, -1], [-1, -1, -1]])
+def test_branches_that_a_batch_does_not_use_are_skipped_and_change_nothing(
+    ids: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widths: list[int] = []
+    given = ops.apply
+
+    def watched(x: Tensor, *rest: Any, **more: Any) -> Any:
+        widths.append(len(rest[3]))
+        return given(x, *rest, **more)
+
+    monkeypatch.setattr(ops, "apply", watched)
+    config = {"method": "branch_per_cluster", "num_branches": 6, "r": 3, "shared_rank": 2}
+    found = []
+    for skipping in (True, False):
+        model = attach(tiny_llama(), init_weights=False, **config).double()
+        if not skipping:
+            monkeypatch.setattr(running, "_used", lambda *given: None)
+        with branch_ids(model, ids):
+            out = model(input_ids=torch.arange(24).reshape(3, 8) + 3, use_cache=False).logits
+        out.square().mean().backward()
+        found.append([out, *(p.grad for p in model.parameters() if p.grad is not None)])
+        whole = 6 * 3 + 2
+        few = len({k for k in ids if k >= 0}) * 3 + 2
+        assert widths[-1] == (few if skipping and few > 2 else whole)
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-11, atol=1e-13)

@@ -50,12 +50,7 @@ def run(
     flat = x.reshape(-1, x.shape[-1]).to(dtype)
     tensors = [layer.tensors(adapter) for layer in layers]
     weights = _weights(layers, tensors, adapter, x, ids, dropout)
-    layout = Layout.of(branches)
-    if weights is not None:
-        layout = layout._replace(gate="given")
-    if own_masks and branches.share_A:  # each branch then has an A x of its own
-        layout = layout._replace(share_A=False)
-        tensors = [{**t, "A": t["A"].repeat(branches.count, 1)} for t in tensors]
+    layout, tensors, weights = _as_computed(branches, tensors, weights, ids, own_masks)
     *ys, z = ops.apply(
         flat,
         *_bases(layers, outputs, dtype),
@@ -64,7 +59,7 @@ def run(
         [_up(t, branches).to(dtype) for t in tensors],
         weights,
         torch.stack([t["router"].to(dtype) for t in tensors]) if layout.gate == "Ax" else None,
-        _seeds(branches.count + 1 if own_masks else 1) if dropout else None,
+        _seeds(layout.branches + 1 if own_masks else 1) if dropout else None,
         layout.encode(),
         first.scaling[adapter],
         first.shared_scaling[adapter],
@@ -98,6 +93,47 @@ def _with_pair(
     for y, hidden, up in zip(ys, pair.hidden(flat), pair.ups, strict=True):
         y.addmm_(hidden, up.to(flat.dtype).t())
     return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys]
+
+
+def _as_computed(
+    branches: Branches,
+    tensors: list[dict[str, Tensor]],
+    weights: Tensor | None,
+    ids: Tensor | None,
+    own_masks: bool,
+) -> tuple[Layout, list[dict[str, Tensor]], Tensor | None]:
+    """The layout, and the layers' tensors and weights in it, of what this call has to compute."""
+    layout = Layout.of(branches)
+    if weights is not None:
+        layout = layout._replace(gate="given")
+    used = _used(branches, ids)
+    if used is not None and weights is not None:
+        layout = layout._replace(ranks=(branches.ranks[0],) * len(used))
+        tensors = [_only(t, branches, used) for t in tensors]
+        weights = weights[..., used.to(weights.device)]
+    if own_masks and branches.share_A:  # each branch then has an A x of its own
+        layout = layout._replace(share_A=False)
+        tensors = [{**t, "A": t["A"].repeat(branches.count, 1)} for t in tensors]
+    return layout, tensors, weights
+
+
+def _used(branches: Branches, ids: Tensor | None) -> Tensor | None:
+    """The branches that a batch uses, where they are few and known without asking a GPU."""
+    if ids is None or branches.gate != "one_hot" or not branches.equal_ranks:
+        return None
+    if ids.is_cuda or torch.compiler.is_compiling() or branches.share_A or branches.share_B:
+        return None
+    used = ids.unique()
+    used = used[used >= 0]
+    return used if 0 < 2 * len(used) <= branches.count else None
+
+
+def _only(t: dict[str, Tensor], branches: Branches, used: Tensor) -> dict[str, Tensor]:
+    """The tensors of those branches alone."""
+    r = branches.ranks[0]
+    blocks = used.to(t["A"].device)
+    A = t["A"].unflatten(0, (-1, r)).index_select(0, blocks).flatten(0, 1)
+    return {**t, "A": A, "B": t["B"].unflatten(1, (-1, r)).index_select(1, blocks).flatten(1)}
 
 
 def _factors(x: Tensor, layer: ManyLoraLayer) -> tuple[Tensor, ...]:
