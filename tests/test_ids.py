@@ -73,7 +73,8 @@ def test_minus_one_is_the_shared_branch_alone_or_the_base_model(config: dict[str
         for layer in model.modules():
             if isinstance(layer, ManyLoraLayer):
                 layer.manylora_B["default"].weight.zero_()
-    assert torch.equal(logits(model, 1), none_of_them)
+    # Branches that are not used are not computed, so the sums are of other lengths.
+    torch.testing.assert_close(logits(model, 1), none_of_them, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
