@@ -2,8 +2,9 @@
 
     python benchmarks/attention_gradients.py
 
-A Llama of SmolLM2-135M's shape with random weights and PEFT's LoRA; 16 rows of random length, padded
-on one side. Prints, for cuDNN's attention on and off, how many of its 420 gradients are not finite.
+A Llama of SmolLM2-135M's shape with random weights and PEFT's LoRA; 16 rows of random length,
+padded on one side. Prints, for cuDNN's attention on and off, how many of its 420 gradients are not
+finite.
 """
 
 from __future__ import annotations
