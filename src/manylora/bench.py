@@ -17,6 +17,7 @@ from torch import nn
 from manylora import __version__
 from manylora.base import DEFAULT_MODEL, Dtype, load_model
 from manylora.recipe import Recipe
+from manylora.run import device_name
 from manylora.speed import results
 from manylora.speed.contender import OURS
 from manylora.speed.grid import METHODS, AdapterDtype, Method, Mode, Row
@@ -126,14 +127,6 @@ def _tokens(text: str) -> tuple[int, int]:
     if found is None:
         raise ValueError(f"--tokens {text!r} is not ROWSxLENGTH, as in 4x512")
     return int(found[1]), int(found[2])
-
-
-def device_name(device: torch.device) -> str:
-    """As torch names it; a CPU also with its threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = torch.cpu.get_capabilities().get("cpu_name", "CPU")
-    return f"{str(name).strip()}, {torch.get_num_threads()} threads"
 
 
 def shown(rows: Sequence[results.Raw]) -> str:

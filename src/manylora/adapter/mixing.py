@@ -115,8 +115,14 @@ def mix(
         u: Tensor = kernels.mix_forward(z, *shape, given, *_shared(layout, scaling, shared_scaling))
         return u.unflatten(1, (n, -1))
     own = by_layer(z, layout, n)
-    h, _, h0 = layout.split(own)
-    g = gates(own, layout, weights, router)
+    return _mix(own, gates(own, layout, weights, router), layout, scaling, shared_scaling)
+
+
+def _mix(
+    z: Tensor, g: Tensor | None, layout: Layout, scaling: float, shared_scaling: float
+) -> Tensor:
+    """u of z (T, n, block)."""
+    h, _, h0 = layout.split(z)
     mixed = scaling * _weigh(h.to(_accumulator(z)), g, layout)
     if layout.shared_rank:
         mixed = torch.cat([mixed, shared_scaling * h0.to(mixed.dtype)], -1)
@@ -142,14 +148,19 @@ def mix_backward(
         dweights = None if weights is None else dw.sum_to_size(weights.shape)
         return u, dz, dweights, None
     own = by_layer(z, layout, n)
-    dz, dweights, drouter = _mix_backward(du, own, layout, scaling, shared_scaling, weights, router)
+    g = gates(own, layout, weights, router)
+    u = _mix(own, g, layout, scaling, shared_scaling)
+    dz, dweights, drouter = _mix_backward(
+        du, own, g, layout, scaling, shared_scaling, weights, router
+    )
     dz = torch.nn.functional.pad(dz.flatten(1), (0, z.shape[1] - n * layout.block))
-    return mix(z, n, layout, scaling, shared_scaling, weights, router), dz, dweights, drouter
+    return u, dz, dweights, drouter
 
 
 def _mix_backward(
     du: Tensor,
     z: Tensor,
+    g: Tensor | None,
     layout: Layout,
     scaling: float,
     shared_scaling: float,
@@ -158,7 +169,6 @@ def _mix_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(dz, dweights, drouter) of z (T, n, block)."""
     h, _, _ = layout.split(z)
-    g = gates(z, layout, weights, router)
     own, shared = du.to(_accumulator(z)).split(
         [du.shape[-1] - layout.shared_rank, layout.shared_rank], -1
     )
