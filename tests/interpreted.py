@@ -44,9 +44,10 @@ def placed(tensor: Tensor) -> Tensor:
 
 def run_here(name: str, *args: Any, **kwargs: Any) -> Any:
     """The function's result, and the tensors it was given, which it may have written to."""
-    from manylora.adapter import dropout_kernels, kernels
+    from manylora.adapter import dropout_kernels, kernels, recompute_kernels
 
-    function = getattr(kernels, name, None) or getattr(dropout_kernels, name)
+    files = (kernels, dropout_kernels, recompute_kernels)
+    function = next(f for file in files if (f := getattr(file, name, None)) is not None)
     args = tuple(placed(arg) if isinstance(arg, Tensor) else arg for arg in args)
     kwargs = {k: placed(v) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
     result = function(*args, **kwargs)

@@ -173,6 +173,14 @@ def test_merged_input_gradients_are_the_frozen_models(mode: str) -> None:
     assert "Reader" in kinds and bool(found[0][1].any())
 
 
+def test_a_row_whose_gradients_do_not_arrive_is_an_error() -> None:
+    contender = Contender(base(), row("lora"))
+    contender.first_step()
+    contender.trained[3].register_hook(torch.zeros_like)
+    with pytest.raises(RuntimeError, match=f"1 of {len(contender.trained)} trained tensors"):
+        contender.first_step()
+
+
 def test_steps_move_the_adapter_and_its_moments_are_counted() -> None:
     contender = Contender(base(), row("lora"))
     before = [p.detach().clone() for p in contender.trained]

@@ -11,7 +11,7 @@ import torch._dynamo.testing
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from manylora.adapter import ops, running
+from manylora.adapter import autograd, ops, running
 from manylora.adapter.ids import branch_ids
 from manylora.adapter.layer import ManyLoraLayer, layers_of
 from manylora.adapter.mixing import Layout
@@ -79,7 +79,7 @@ def test_its_gradients_are_those_of_finite_differences(kind: str, dense: bool) -
 
     def outputs(x: Tensor, down: Tensor, weights: Any, *ups: Tensor) -> tuple[Tensor, ...]:
         own = (x, *given[1:4], down, list(ups), weights, *given[7:])
-        return tuple(ops.apply(*own))
+        return tuple(autograd.apply(*own))
 
     assert torch.autograd.gradcheck(outputs, (given[0], given[4], given[6], *given[5]))
 
@@ -88,11 +88,11 @@ def test_several_layers_at_once_are_each_layer_alone() -> None:
     for kind in KINDS:
         x, bases, biases, dense, down, ups, weights, router, *rest = arguments(kind, n=3)
         block = Layout.decode(rest[1]).block
-        *together, _ = ops.apply(x, bases, biases, dense, down, ups, weights, router, *rest)
+        *together, _ = autograd.apply(x, bases, biases, dense, down, ups, weights, router, *rest)
         for j in range(3):
             own = down[j * block : (j + 1) * block]
             mine = None if router is None else router[j : j + 1]
-            alone, _ = ops.apply(
+            alone, _ = autograd.apply(
                 x, [bases[j]], [biases[j]], dense, own, [ups[j]], weights, mine, *rest
             )
             torch.testing.assert_close(together[j], alone, rtol=0, atol=1e-13)
@@ -150,6 +150,25 @@ def test_what_siblings_compute_for_each_other_is_what_each_computes(kind: str) -
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-12, atol=1e-14)
     for mine, other in zip(results[0][1], results[1][1], strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-13)
+
+
+def test_compiled_no_product_of_a_gated_layer_is_kept() -> None:
+    """Two tensors of a block are as wide as its feed-forward layer, those that are multiplied."""
+    torch._dynamo.reset()
+    model = model_of("hydralora")
+    model.enable_input_require_grads()
+    for block in model.base_model.model.model.layers:
+        block.compile(backend="aot_eager_decomp_partition", fullgraph=True)
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss_and_gradients(model)
+    wide = {t.data_ptr() for t in kept if t.numel() == 24 * 48 and t.shape[-1] == 48}
+    assert len(wide) == 2 * 2
 
 
 def attention() -> tuple[nn.Module, list[ManyLoraLayer]]:
@@ -295,13 +314,13 @@ def test_branches_that_a_batch_does_not_use_are_skipped_and_change_nothing(
     ids: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     widths: list[int] = []
-    given = ops.apply
+    given = autograd.apply
 
     def watched(x: Tensor, *rest: Any, **more: Any) -> Any:
         widths.append(len(rest[3]))
         return given(x, *rest, **more)
 
-    monkeypatch.setattr(ops, "apply", watched)
+    monkeypatch.setattr(autograd, "apply", watched)
     config = {"method": "branch_per_cluster", "num_branches": 6, "r": 3, "shared_rank": 2}
     found = []
     for skipping in (True, False):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from manylora.adapter import ops
+from manylora.adapter import autograd
 from manylora.adapter.mixing import Layout
 from manylora.methods import resolve
 
@@ -39,7 +39,7 @@ def operation(W: Tensor, s: float, n: int, r: int) -> Forward:
 
     def forward(x: Tensor, A: Tensor, B: Tensor, R: Tensor) -> Tensor:
         down = torch.cat([A, R])
-        return ops.apply(x, [W], [], True, down, [B], None, None, None, layout, s, 0.0, 0.0)[0]
+        return autograd.apply(x, [W], [], True, down, [B], None, None, None, layout, s, 0.0, 0.0)[0]
 
     return forward
 

@@ -34,33 +34,35 @@ def down_product(
 
 
 def down_backward(
-    dx: Tensor | None,
-    dz: Tensor,
-    x: Tensor,
-    down: Tensor,
-    layout: Layout,
-    dropout: float,
-    seed: Tensor | None,
+    dz: Tensor, x: Tensor, layout: Layout, dropout: float, seed: Tensor | None
 ) -> Tensor:
-    """dP; adds the adapters' share to dx."""
+    """dP = dz' drop(x)."""
     if not dropout:
-        if dx is not None:
-            dx.addmm_(dz, down)
         return dz.t() @ x
     assert seed is not None
     if (kernels := _kernels(x, seed)) is not None:
-        rest = (down, dropout, int(seed), _plain(layout))
-        if dx is not None:
-            kernels.dropout_linear_backward_x(dx, dz, *rest)
-        d: Tensor = kernels.dropout_linear_backward_A(dz, x, *rest[1:])
+        d: Tensor = kernels.dropout_linear_backward_A(dz, x, dropout, int(seed), _plain(layout))
         return d
-    ddown = torch.empty_like(down)
+    ddown = x.new_empty(dz.shape[1], x.shape[1])
     for rows, mask in _masked_rows(x, layout, dropout, seed):
-        d = dz[:, rows]
-        torch.mm(d.t(), x if mask is None else x * mask, out=ddown[rows])
-        if dx is not None:
-            dx.addmm_(d, down[rows]) if mask is None else dx.addcmul_(d @ down[rows], mask)
+        torch.mm(dz[:, rows].t(), x if mask is None else x * mask, out=ddown[rows])
     return ddown
+
+
+def input_backward(
+    dx: Tensor, dz: Tensor, down: Tensor, layout: Layout, dropout: float, seed: Tensor | None
+) -> None:
+    """Adds drop'(dz P), the adapters' share, to dx."""
+    if not dropout:
+        dx.addmm_(dz, down)
+        return
+    assert seed is not None
+    if (kernels := _kernels(dx, seed)) is not None:
+        kernels.dropout_linear_backward_x(dx, dz, down, dropout, int(seed), _plain(layout))
+        return
+    for rows, mask in _masked_rows(dx, layout, dropout, seed):
+        d = dz[:, rows]
+        dx.addmm_(d, down[rows]) if mask is None else dx.addcmul_(d @ down[rows], mask)
 
 
 def _masked_rows(
@@ -97,4 +99,5 @@ def _kernels(x: Tensor, seed: Tensor) -> Any:
 
 def _mask(x: Tensor, dropout: float, seed: int) -> Tensor:
     drawn = torch.Generator(x.device).manual_seed(seed)
-    return torch.empty_like(x).bernoulli_(1 - dropout, generator=drawn).div_(1 - dropout)
+    mask = x.new_empty(x.shape)  # in one order, whatever the strides of x or its gradient
+    return mask.bernoulli_(1 - dropout, generator=drawn).div_(1 - dropout)

@@ -23,7 +23,6 @@ The loop written from the papers is the reference in the tests (2106.09685, 2311
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -31,9 +30,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from manylora.adapter.masks import down_backward, down_product
+from manylora.adapter.masks import down_backward, down_product, input_backward
 from manylora.adapter.mixing import Layout, mix, mix_backward, owners
-from manylora.adapter.recompute import computed_again
 from manylora.methods import Branches
 
 
@@ -47,8 +45,7 @@ def fold_scale(B: Tensor, branches: Branches, scale: Tensor | None) -> Tensor:
     return B * (scale.T @ owners(branches.ranks, scale))
 
 
-@torch.library.custom_op("manylora::linear", mutates_args=())
-def linear(
+def forward(
     x: Tensor,
     bases: list[Tensor],
     biases: list[Tensor],
@@ -89,17 +86,18 @@ def linear(
     return [*ys, z]
 
 
+linear = torch.library.custom_op("manylora::linear", forward, mutates_args=())
+
+
 @linear.register_fake
 def _(x: Tensor, bases: list[Tensor], biases: Any, dense: bool, down: Tensor, *rest: Any) -> Any:
     widths = [base.shape[0] if dense else base.shape[1] for base in bases]
     return [x.new_empty(x.shape[0], width) for width in [*widths, down.shape[0]]]
 
 
-@torch.library.custom_op("manylora::linear_backward", mutates_args=())
-def linear_backward(
+def backward(
     dys: list[Tensor],
     dz: Tensor | None,
-    x: Tensor,
     z: Tensor,
     bases: list[Tensor],
     down: Tensor,
@@ -113,12 +111,12 @@ def linear_backward(
     dropout: float,
     wants_x: bool,
 ) -> list[Tensor]:
-    """[dx, dP, dQ_1, ..., dQ_n, dweights, drouter]; what is not there or not wanted is empty.
+    """[dx, dz, dQ_1, ..., dQ_n, dweights, drouter]; what is not there or not wanted is empty.
 
     dz: of what else reads z (a balance loss). bases: W_j of dense layers, else empty.
     """
     lay, n = Layout.decode(layout), len(ups)
-    with _as_is(x):
+    with _as_is(z):
         du = z.new_empty(len(z), n, ups[0].shape[1])
         for j, (dy, up) in enumerate(zip(dys, ups, strict=True)):
             torch.mm(dy, up, out=du[:, j])
@@ -127,23 +125,26 @@ def linear_backward(
         )
         dups = [dy.t() @ u[:, j] for j, dy in enumerate(dys)]
         dz = own if dz is None else own + dz
-        dx = _through_bases(dys, bases, x) if wants_x else None
-        ddown = down_backward(dx, dz, x, down, lay, dropout, seed)
-    left_out = [x.new_empty(0) for _ in range(3)]
+        dx = _through_bases(dys, bases, dz, down) if wants_x else None
+        if dx is not None:
+            input_backward(dx, dz, down, lay, dropout, seed)
+    left_out = [z.new_empty(0) for _ in range(3)]
     return [
         left_out[0] if dx is None else dx,
-        ddown,
+        dz,
         *dups,
         left_out[1] if dweights is None else dweights,
         left_out[2] if drouter is None else drouter,
     ]
 
 
-@linear_backward.register_fake
+linear_gradients = torch.library.custom_op("manylora::linear_gradients", backward, mutates_args=())
+
+
+@linear_gradients.register_fake
 def _(
     dys: list[Tensor],
     dz: Tensor | None,
-    x: Tensor,
     z: Tensor,
     bases: list[Tensor],
     down: Tensor,
@@ -152,106 +153,36 @@ def _(
     router: Tensor | None,
     *rest: Any,
 ) -> Any:
-    empty = x.new_empty(0)
+    empty = z.new_empty(0)
     return [
-        torch.empty_like(x) if rest[-1] else empty,
-        torch.empty_like(down),
+        z.new_empty(len(z), down.shape[1]) if rest[-1] else empty,
+        torch.empty_like(z),
         *[torch.empty_like(up) for up in ups],
         empty if weights is None else torch.empty_like(weights),
         empty if router is None else torch.empty_like(router),
     ]
 
 
-def _keep(
-    ctx: Any, inputs: tuple[Any, ...], output: list[Tensor], factors: tuple[Tensor, ...] = ()
-) -> None:
-    x, bases, biases, dense, down, ups, weights, router, seed, *rest = inputs
-    ctx.rest, ctx.dense, ctx.biases = rest, dense, len(biases)
-    ctx.wants_x = x.requires_grad
-    ctx.wants_weights = weights is not None and weights.requires_grad
-    kept = bases if dense else []
-    ctx.shape, ctx.factors = x.shape, len(factors)
-    own = (output[-1], down, weights, router, seed, *kept, *ups)
-    ctx.save_for_backward(*(factors or (x,)), *own)
-    ctx.set_materialize_grads(False)
+def backward_down(
+    dz: Tensor, x: Tensor, seed: Tensor | None, layout: list[int], dropout: float
+) -> Tensor:
+    """dP."""
+    with _as_is(x):
+        return down_backward(dz, x, Layout.decode(layout), dropout, seed)
 
 
-def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
-    saved, own = ctx.saved_tensors, max(1, ctx.factors)
-    z, down, weights, router, seed, *others = saved[own:]
-    x = saved[0]
-    if ctx.factors:
-        x = computed_again(saved[:own]).reshape(ctx.shape).to(z.dtype)
-    *dys, dz = grads
-    n = len(dys)
-    if any(dy is None for dy in dys):  # outputs that nothing was made of
-        widths = [up.shape[0] for up in others[-n:]]
-        dys = [
-            x.new_zeros(len(x), width) if dy is None else dy
-            for dy, width in zip(dys, widths, strict=True)
-        ]
-    dx, ddown, *more = linear_backward(
-        dys, dz, x, z, others[:-n], down, others[-n:], weights, router, seed, *ctx.rest, ctx.wants_x
-    )
-    return (
-        dx if ctx.wants_x else None,
-        [None] * n if ctx.dense else dys,
-        [None] * ctx.biases,
-        None,
-        ddown,
-        more[:n],
-        more[n] if ctx.wants_weights else None,
-        None if router is None else more[n + 1],
-        *[None] * 5,
-    )
+down_gradient = torch.library.custom_op("manylora::down_gradient", backward_down, mutates_args=())
 
 
-linear.register_autograd(_backward, setup_context=_keep)
+@down_gradient.register_fake
+def _(dz: Tensor, x: Tensor, *rest: Any) -> Any:
+    return x.new_empty(dz.shape[1], x.shape[1])
 
 
-class _Linear(torch.autograd.Function):
-    """`linear` with the same gradients, without what torch does to lists, which takes longer."""
-
-    @staticmethod
-    def forward(ctx: Any, rest: tuple[Any, ...], x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
-        n, dense, factors, *numbers = rest
-        down, weights, router, seed, *others = tensors
-        bases, ups = others[:n], others[n : 2 * n]
-        inputs = (x, bases, others[2 * n :], dense, down, ups, weights, router, seed, *numbers)
-        output = linear(*inputs)
-        _keep(ctx, inputs, output, factors)
-        return tuple(output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        dx, bases, biases, _, ddown, dups, dweights, drouter, *_ = _backward(ctx, list(grads))
-        return (None, dx, ddown, dweights, drouter, None, *bases, *dups, *biases)
-
-
-def apply(
-    x: Tensor,
-    bases: list[Tensor],
-    biases: list[Tensor],
-    dense: bool,
-    down: Tensor,
-    ups: list[Tensor],
-    weights: Tensor | None,
-    router: Tensor | None,
-    seed: Tensor | None,
-    *numbers: Any,
-    factors: tuple[Tensor, ...] = (),
-) -> Sequence[Tensor]:
-    """`linear`, by the shortest way that there is. factors: of x, kept instead (recompute.py)."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return linear(x, bases, biases, dense, down, ups, weights, router, seed, *numbers)
-    rest = (len(ups), dense, factors, *numbers)
-    return _Linear.apply(rest, x, down, weights, router, seed, *bases, *ups, *biases)
-
-
-def _through_bases(dys: list[Tensor], bases: list[Tensor], x: Tensor) -> Tensor:
+def _through_bases(dys: list[Tensor], bases: list[Tensor], dz: Tensor, down: Tensor) -> Tensor:
     """The frozen layers' share of dx."""
     if not bases:
-        return torch.zeros_like(x)
+        return dz.new_zeros(len(dz), down.shape[1])
     dx = dys[0] @ bases[0]
     for dy, base in zip(dys[1:], bases[1:], strict=True):
         dx.addmm_(dy, base)

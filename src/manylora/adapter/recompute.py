@@ -8,7 +8,8 @@ autograd has kept for its own gradients, and those are found from x itself:
     x = w * (a * b).to(dtype)  what an RMSNorm gives, w its frozen weight
 
 Computed again with the same operations, so x has the same bits. Where x is anything else, or saved
-tensors are in somebody's care (a checkpoint, offloading), it is kept.
+tensors are in somebody's care (a checkpoint, offloading), it is kept. This is for eager mode;
+compiled, see autograd.py.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from manylora.adapter.mixing import has_triton
 
 
 def factors_of(x: Tensor) -> tuple[Tensor, ...] | None:
@@ -44,7 +47,14 @@ def factors_of(x: Tensor) -> tuple[Tensor, ...] | None:
 def computed_again(factors: tuple[Tensor, ...]) -> Tensor:
     """x of its factors."""
     a, b, *w = factors
-    return w[0] * (a * b).to(w[0].dtype) if w else a * b
+    if not w:
+        return a * b
+    if a.is_cuda and has_triton():
+        from manylora.adapter import recompute_kernels as kernels
+
+        if kernels.norm_fits(a, b, w[0]):
+            return kernels.norm_product(a, b, w[0])
+    return w[0] * (a * b).to(w[0].dtype)
 
 
 def _watched() -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from manylora.adapter import ops
+from manylora.adapter import autograd, ops
 from manylora.adapter.mixing import Layout, by_layer, gates
 from manylora.adapter.recompute import factors_of
 from manylora.adapter.router import balance_loss, id_weights, itself, router_weights
@@ -51,7 +51,7 @@ def run(
     tensors = [layer.tensors(adapter) for layer in layers]
     weights = _weights(layers, tensors, adapter, x, ids, dropout)
     layout, tensors, weights = _as_computed(branches, tensors, weights, ids, own_masks)
-    *ys, z = ops.apply(
+    *ys, z = autograd.apply(
         flat,
         *_bases(layers, outputs, dtype),
         outputs is None,

@@ -82,7 +82,17 @@ class Contender:
             hidden = decoder(inputs_embeds=inputs, use_cache=False).last_hidden_state
             loss = head_loss(hidden, head, self.batch.labels)
             loss.backward()
+        if inputs.grad is None:
+            raise RuntimeError("no gradient came down to the embeddings")
         return loss.detach()
+
+    def first_step(self) -> None:
+        """A step that fails where the gradients are not those of the whole model."""
+        self.forward_backward()
+        empty = sum(p.grad is None or not bool(p.grad.any()) for p in self.trained)
+        if empty:
+            raise RuntimeError(f"{empty} of {len(self.trained)} trained tensors got no gradient")
+        self.update()
 
     def update(self) -> None:
         if self.optimizer is not None:

@@ -127,7 +127,7 @@ def _started(base: PreTrainedModel, row: Row, plan: Plan, say: Say) -> Contender
     counters.clear()
     started = time.monotonic()
     contender = Contender(base, row, plan.backend)
-    contender.step()
+    contender.first_step()
     _wait(base.device)
     words = f"{row}: first step after {time.monotonic() - started:.1f} s"
     if row.mode == "compiled":

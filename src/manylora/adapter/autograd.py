@@ -1,0 +1,126 @@
+"""What autograd and torch.compile see of `ops.linear`, and what is kept for the backward pass.
+
+Kept are x, z and the mixing weights that were given; x not where it can be computed again. In eager
+mode that is found from x itself (recompute.py). Under torch.compile its partitioner decides, which
+never computes again what a backward operation reads from memory: there x goes through a choice that
+depends on dz and gives x either way, so that computing it again counts as work of the backward pass
+and is fused with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manylora.adapter import ops
+from manylora.adapter.recompute import computed_again
+
+
+def apply(
+    x: Tensor,
+    bases: list[Tensor],
+    biases: list[Tensor],
+    dense: bool,
+    down: Tensor,
+    ups: list[Tensor],
+    weights: Tensor | None,
+    router: Tensor | None,
+    seed: Tensor | None,
+    *numbers: Any,
+    factors: tuple[Tensor, ...] = (),
+) -> Sequence[Tensor]:
+    """`ops.linear`, by the shortest way that there is. factors: of x, kept instead of it."""
+    given = (x, bases, biases, dense, down, ups, weights, router, seed, *numbers)
+    if torch.compiler.is_compiling():
+        return ops.linear(*given)
+    if not torch.is_grad_enabled():
+        return ops.forward(*given)
+    rest = (len(ups), dense, factors, *numbers)
+    return _Linear.apply(rest, x, down, weights, router, seed, *bases, *ups, *biases)
+
+
+class _Linear(torch.autograd.Function):
+    """`ops.linear` without what torch does to a registered operation's lists, which takes longer
+    than its own dispatch.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rest: tuple[Any, ...], x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
+        n, dense, factors, *numbers = rest
+        down, weights, router, seed, *others = tensors
+        bases, ups = others[:n], others[n : 2 * n]
+        inputs = (x, bases, others[2 * n :], dense, down, ups, weights, router, seed, *numbers)
+        output = ops.forward(*inputs)
+        _keep(ctx, inputs, output, factors)
+        return tuple(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        found = _gradients(ctx, list(grads), ops.backward, _computed_again, ops.backward_down)
+        dx, bases, biases, _, ddown, dups, dweights, drouter, *_ = found
+        return (None, dx, ddown, dweights, drouter, None, *bases, *dups, *biases)
+
+
+def _keep(
+    ctx: Any, inputs: tuple[Any, ...], output: list[Tensor], factors: tuple[Tensor, ...] = ()
+) -> None:
+    x, bases, biases, dense, down, ups, weights, router, seed, *rest = inputs
+    ctx.rest, ctx.dense, ctx.biases = rest, dense, len(biases)
+    ctx.wants_x = x.requires_grad
+    ctx.wants_weights = weights is not None and weights.requires_grad
+    kept = bases if dense else []
+    ctx.shape, ctx.factors = x.shape, len(factors)
+    own = (output[-1], down, weights, router, seed, *kept, *ups)
+    ctx.save_for_backward(*(factors or (x,)), *own)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, grads: list[Tensor], through: Any, x_of: Any, of_down: Any) -> Any:
+    """In the order of `ops.linear`'s arguments; x is asked for when all else is done."""
+    saved, own = ctx.saved_tensors, max(1, ctx.factors)  # a checkpoint hands them out once
+    factors, (z, down, weights, router, seed, *others) = saved[:own], saved[own:]
+    *dys, dz = grads
+    n = len(dys)
+    if any(dy is None for dy in dys):  # outputs that nothing was made of
+        widths = [up.shape[0] for up in others[-n:]]
+        dys = [
+            z.new_zeros(len(z), width) if dy is None else dy
+            for dy, width in zip(dys, widths, strict=True)
+        ]
+    dx, dz, *more = through(
+        dys, dz, z, others[:-n], down, others[-n:], weights, router, seed, *ctx.rest, ctx.wants_x
+    )
+    layout, *_, dropout = ctx.rest
+    return (
+        dx if ctx.wants_x else None,
+        [None] * n if ctx.dense else dys,
+        [None] * ctx.biases,
+        None,
+        of_down(dz, x_of(ctx, factors, dz), seed, layout, dropout),
+        more[:n],
+        more[n] if ctx.wants_weights else None,
+        None if router is None else more[n + 1],
+        *[None] * 5,
+    )
+
+
+def _computed_again(ctx: Any, factors: tuple[Tensor, ...], dz: Tensor) -> Tensor:
+    if not ctx.factors:
+        return factors[0]
+    return computed_again(factors).reshape(ctx.shape).to(dz.dtype)
+
+
+def _as_backward_work(ctx: Any, factors: tuple[Tensor, ...], dz: Tensor) -> Tensor:
+    (x,) = factors
+    return torch.where(dz[:1, :1] > 0, x, x)
+
+
+def _traced_backward(ctx: Any, grads: list[Tensor]) -> Any:
+    through, of_down = ops.linear_gradients, ops.down_gradient
+    return _gradients(ctx, grads, through, _as_backward_work, of_down)
+
+
+ops.linear.register_autograd(_traced_backward, setup_context=_keep)
