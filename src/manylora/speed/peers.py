@@ -6,6 +6,8 @@ accumulated in place, X is saved and nothing of rank size, h = A x is computed a
 
     dh = s dy B      dB = s dy' h      dA = dh' x      dx = dy W + dh A
 
+Compiled, y is no longer written to in place: torch 2.11's compiler loses the gradient then.
+
 `LoopHydraLora`: HydraLoRA (2404.19245) as published, branch by branch:
 
     y = W x;   for i in 1..N:   y = y + softmax(R x)_i * B_i A drop(x) * s
@@ -37,7 +39,10 @@ class LoraProduct(torch.autograd.Function):
     ) -> Tensor:
         y = F.linear(x, W, bias)
         A_, B_ = A.to(x.dtype), B.to(x.dtype)
-        y.addmm_(x @ A_.t(), B_.t(), alpha=s)
+        if torch.compiler.is_compiling():
+            y = torch.addmm(y, x @ A_.t(), B_.t(), alpha=s)
+        else:
+            y.addmm_(x @ A_.t(), B_.t(), alpha=s)
         ctx.save_for_backward(x, W, A, B)
         ctx.s = s
         return y
