@@ -32,16 +32,16 @@ def test_products_with_dropout_equal_those_with_its_mask(data: st.DataObject, ru
     plain = tuple(sorted(data.draw(st.tuples(st.integers(0, K), st.integers(0, K)))))
     dtype = data.draw(st.sampled_from([torch.float32, torch.float16]))
     margin = data.draw(st.integers(0, 2))
-    shapes = {"x": (T, width), "A": (K, width), "dz": (T, K), "dx": (T, width)}
-    x, A, dz, dx = (wide(torch.randn(shape).to(dtype), margin) for shape in shapes.values())
+    shapes = {"x": (T, width), "A": (K, width), "dz": (T, K)}
+    x, A, dz = (wide(torch.randn(shape).to(dtype), margin) for shape in shapes.values())
     mask, _ = run("dropout_mask", (T, width), p, seed, DEVICE)
     masked, own = mask.double() * x.double() / (1 - p), torch.zeros(K, 1, dtype=torch.float64)
     own[slice(*plain)] = 1
     A64, dz64 = A.double(), dz.double()
     want = masked @ (A64 * (1 - own)).t() + x.double() @ (A64 * own).t()
     close(run("dropout_linear", x, A, p, seed, plain)[0], want)
-    want = dx.double() + mask * (dz64 @ (A64 * (1 - own))) / (1 - p) + dz64 @ (A64 * own)
-    close(run("dropout_linear_backward_x", dx, dz, A, p, seed, plain)[1][0], want)
+    want = mask * (dz64 @ (A64 * (1 - own))) / (1 - p) + dz64 @ (A64 * own)
+    close(run("dropout_linear_backward_x", dz, A, p, seed, plain)[0], want)
     want = (1 - own) * (dz64.t() @ masked) + own * (dz64.t() @ x.double())
     dA, again = (run("dropout_linear_backward_A", dz, x, p, seed, plain)[0] for _ in range(2))
     close(dA, want)

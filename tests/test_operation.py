@@ -242,6 +242,28 @@ def test_siblings_under_checkpointing_give_the_same_gradients() -> None:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
+def test_a_checkpoint_does_not_compute_the_last_product_of_a_block_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = model_of("hydralora")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    calls: list[int] = []
+    given = ops.outputs
+
+    def watched(x: Tensor, bases: list[Tensor], *rest: Any) -> Any:
+        calls.append(len(bases))
+        return given(x, bases, *rest)
+
+    monkeypatch.setattr(ops, "outputs", watched)
+    loss, gradients = loss_and_gradients(model)
+    # Of q, k, v together, o, gate and up together, and down, whose output nothing needs again.
+    assert calls == [3, 1, 2, 1] * 2 + [3, 1, 2] * 2
+    model.gradient_checkpointing_disable()
+    again, others = loss_and_gradients(model)
+    assert torch.equal(loss, again)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, others, strict=True))
+
+
 def test_an_output_that_is_not_used_costs_no_gradient() -> None:
     _, (q, k, v) = attention()
     x = torch.randn(2, 4, 32).double()

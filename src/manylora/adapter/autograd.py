@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from manylora.adapter import ops
-from manylora.adapter.recompute import computed_again
+from manylora.adapter.recompute import computed_again, watched
 
 
 def apply(
@@ -39,7 +39,8 @@ def apply(
     if not torch.is_grad_enabled():
         return ops.forward(*given)
     rest = (len(ups), dense, factors, *numbers)
-    return _Linear.apply(rest, x, down, weights, router, seed, *bases, *ups, *biases)
+    step = _linear_in_two_steps if watched() else _Linear.apply
+    return step(rest, x, down, weights, router, seed, *bases, *ups, *biases)
 
 
 class _Linear(torch.autograd.Function):
@@ -49,13 +50,10 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rest: tuple[Any, ...], x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
-        n, dense, factors, *numbers = rest
-        down, weights, router, seed, *others = tensors
-        bases, ups = others[:n], others[n : 2 * n]
-        inputs = (x, bases, others[2 * n :], dense, down, ups, weights, router, seed, *numbers)
-        output = ops.forward(*inputs)
-        _keep(ctx, inputs, output, factors)
-        return tuple(output)
+        inputs, factors = _inputs(rest, x, tensors)
+        *ys, z = ops.forward(*inputs)
+        _keep(ctx, inputs, z, factors)
+        return (*ys, z)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
@@ -64,16 +62,69 @@ class _Linear(torch.autograd.Function):
         return (None, dx, ddown, dweights, drouter, None, *bases, *dups, *biases)
 
 
-def _keep(
-    ctx: Any, inputs: tuple[Any, ...], output: list[Tensor], factors: tuple[Tensor, ...] = ()
-) -> None:
+def _linear_in_two_steps(rest: tuple[Any, ...], x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
+    """`_Linear` that keeps all it keeps before it multiplies by W.
+
+    A checkpoint computes a block again only until all that was kept is there, so the last product
+    of the block, a fourth of its work, is not done again, as in a model without adapters.
+    """
+    n, dense, *_ = rest
+    *places, z, u = _Inside.apply(rest, x, *tensors)
+    ys = _Outputs.apply(n, dense, x, u, *places, *tensors[4:])
+    return (*ys, z)
+
+
+class _Inside(torch.autograd.Function):
+    """z, u, and the gradients of all; instead of y_j an empty place for its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, rest: tuple[Any, ...], x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
+        inputs, factors = _inputs(rest, x, tensors)
+        _, _, _, _, down, ups, weights, router, seed, *numbers = inputs
+        z, u = ops.hidden(x, down, len(ups), weights, router, seed, *numbers)
+        _keep(ctx, inputs, z, factors)
+        ctx.mark_non_differentiable(u)
+        places = [x.new_empty(1).expand(len(x), up.shape[0]) for up in ups]
+        return (*places, z, u)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return _Linear.backward(ctx, *grads[:-1])
+
+
+class _Outputs(torch.autograd.Function):
+    """y_1, ..., y_n; keeps nothing, and hands each gradient to its place in `_Inside`."""
+
+    @staticmethod
+    def forward(ctx: Any, n: int, dense: bool, x: Tensor, u: Tensor, *rest: Any) -> Any:
+        bases, ups, biases = rest[n : 2 * n], rest[2 * n : 3 * n], rest[3 * n :]
+        ctx.unused = len(rest) - n
+        ctx.set_materialize_grads(False)
+        return tuple(ops.outputs(x, list(bases), list(biases), dense, list(ups), u))
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
+        return (None, None, None, None, *dys, *[None] * ctx.unused)
+
+
+def _inputs(
+    rest: tuple[Any, ...], x: Tensor, tensors: tuple[Any, ...]
+) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
+    """The arguments of `ops.linear`, and the factors of x."""
+    n, dense, factors, *numbers = rest
+    down, weights, router, seed, *others = tensors
+    bases, ups, biases = others[:n], others[n : 2 * n], others[2 * n :]
+    return (x, bases, biases, dense, down, ups, weights, router, seed, *numbers), factors
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], z: Tensor, factors: tuple[Tensor, ...] = ()) -> None:
     x, bases, biases, dense, down, ups, weights, router, seed, *rest = inputs
     ctx.rest, ctx.dense, ctx.biases = rest, dense, len(biases)
     ctx.wants_x = x.requires_grad
     ctx.wants_weights = weights is not None and weights.requires_grad
     kept = bases if dense else []
     ctx.shape, ctx.factors = x.shape, len(factors)
-    own = (output[-1], down, weights, router, seed, *kept, *ups)
+    own = (z, down, weights, router, seed, *kept, *ups)
     ctx.save_for_backward(*(factors or (x,)), *own)
     ctx.set_materialize_grads(False)
 
@@ -118,9 +169,13 @@ def _as_backward_work(ctx: Any, factors: tuple[Tensor, ...], dz: Tensor) -> Tens
     return torch.where(dz[:1, :1] > 0, x, x)
 
 
+def _traced_keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    _keep(ctx, inputs, output[-1])
+
+
 def _traced_backward(ctx: Any, grads: list[Tensor]) -> Any:
     through, of_down = ops.linear_gradients, ops.down_gradient
     return _gradients(ctx, grads, through, _as_backward_work, of_down)
 
 
-ops.linear.register_autograd(_traced_backward, setup_context=_keep)
+ops.linear.register_autograd(_traced_backward, setup_context=_traced_keep)

@@ -3,7 +3,7 @@
 For x (T, in), A (K, in) with few rows, and mask[i, j] = 1 where element (i, j) is kept:
 
     z   = (mask * x / (1 - p)) A^T      (T, K)
-    dx += mask * (dz A) / (1 - p)       (T, in)
+    dx  = mask * (dz A) / (1 - p)       (T, in)
     dA  = dz^T (mask * x / (1 - p))     (K, in)
 
 Rows of A may be plain (a router's): they read x itself, in the same pass, without mask or factor.
@@ -69,7 +69,7 @@ def _down(
 
 @triton.jit
 def _to_x(
-    dx, dz, A, T, seed: tl.int64, dx_t, dz_t, A_k, threshold, factor,
+    dx, dz, A, T, seed: tl.int64, dz_t, A_k, threshold, factor,
     width: tl.constexpr, K: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
     BT: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -90,10 +90,9 @@ def _to_x(
             plain = tl.dot(own, A_part, plain, input_precision="ieee")
             dz_part = tl.where(unmasked, 0.0, dz_part).to(dz_part.dtype)
         total = tl.dot(dz_part, A_part, total, input_precision="ieee")
-    there = dx + row[:, None] * dx_t + j[None, :]
     kept = _kept(seed, row, first, BT, BD, threshold).to(tl.float32)
-    before = tl.load(there, mask=live & inside, other=0.0).to(tl.float32)
-    tl.store(there, before + total * factor * kept + plain, mask=live & inside)
+    there = dx + row[:, None] * width + j[None, :]
+    tl.store(there, total * factor * kept + plain, mask=live & inside)
 
 
 @triton.jit
@@ -179,23 +178,25 @@ def dropout_linear(
 
 
 def dropout_linear_backward_x(
-    dx: Tensor, dz: Tensor, A: Tensor, p: float, seed: int, plain: tuple[int, int] = (0, 0)
-) -> None:
-    """dx += mask * (dz A) / (1 - p), in place and rounded once.
+    dz: Tensor, A: Tensor, p: float, seed: int, plain: tuple[int, int] = (0, 0)
+) -> Tensor:
+    """mask * (dz A) / (1 - p), (T, in) in dz's dtype, contiguous.
 
     Args:
-        dx: (T, in), dz: (T, K), A: (K, in), of one dtype; rows of any stride, dense.
+        dz: (T, K), A: (K, in), of one dtype; rows of any stride, dense.
         p, seed, plain: those of the forward pass.
 
     Raises: as `dropout_linear`.
     """
-    (T, width), K = dx.shape, len(A)
-    _check(dx, dx=(dx, (T, width)), dz=(dz, (T, K)), A=(A, (K, width)))
+    (T, K), width = dz.shape, A.shape[1]
+    _check(dz, dz=(dz, (T, K)), A=(A, (K, width)))
+    dx = dz.new_empty(T, width)
     BD, BK = 256 // dx.element_size(), min(128 // dx.element_size(), _rank_tile(K))
     _launch(
-        _to_x, (triton.cdiv(T, 64), triton.cdiv(width, BD)), dx, dz, A, T, seed, dx.stride(0),
+        _to_x, (triton.cdiv(T, 64), triton.cdiv(width, BD)), dx, dz, A, T, seed,
         dz.stride(0), A.stride(0), *_chance(p, seed), width, K, *plain, BT=64, BD=BD, BK=BK,
     )  # fmt: skip
+    return dx
 
 
 def dropout_linear_backward_A(

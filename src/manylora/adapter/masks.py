@@ -49,20 +49,21 @@ def down_backward(
     return ddown
 
 
-def input_backward(
-    dx: Tensor, dz: Tensor, down: Tensor, layout: Layout, dropout: float, seed: Tensor | None
-) -> None:
-    """Adds drop'(dz P), the adapters' share, to dx."""
+def input_gradient(
+    dz: Tensor, down: Tensor, layout: Layout, dropout: float, seed: Tensor | None
+) -> Tensor:
+    """drop'(dz P), the adapters' share of dx."""
     if not dropout:
-        dx.addmm_(dz, down)
-        return
+        return dz @ down
     assert seed is not None
-    if (kernels := _kernels(dx, seed)) is not None:
-        kernels.dropout_linear_backward_x(dx, dz, down, dropout, int(seed), _plain(layout))
-        return
+    if (kernels := _kernels(dz, seed)) is not None:
+        dx: Tensor = kernels.dropout_linear_backward_x(dz, down, dropout, int(seed), _plain(layout))
+        return dx
+    dx = dz.new_zeros(len(dz), down.shape[1])
     for rows, mask in _masked_rows(dx, layout, dropout, seed):
         d = dz[:, rows]
         dx.addmm_(d, down[rows]) if mask is None else dx.addcmul_(d @ down[rows], mask)
+    return dx
 
 
 def _masked_rows(

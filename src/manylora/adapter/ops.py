@@ -4,19 +4,21 @@ For layers j = 1..n that read the same x, with the trained tensors of each stack
 
     z   = drop(x) P'                (T, n K)   P: [A; router; shared A] of each layer, (n K, in)
     u_j = mix(z_j)                  (T, m)     mixing.py
-    y_j = W_j x + b_j + Q_j u_j     (T, out)   Q_j: [B diag(c) | shared B], (out, m)
+    y_j = Q_j u_j + b_j + W_j x     (T, out)   Q_j: [B diag(c) | shared B], (out, m)
 
 and backwards, by hand:
 
     du_j = dy_j Q_j      dQ_j = dy_j' u_j      dz = mix'(du)      dP = dz' drop(x)
-    dx   = sum_j dy_j W_j + drop'(dz P)
+    dx   = drop'(dz P) + sum_j dy_j W_j
 
 Two skinny products forwards and four backwards, whatever the number of branches; x is read once for
-all n layers, and their share of dx is added in place. Only x, z and the mixing weights that were
-given are kept for the backward pass, and x not where it can be computed again (recompute.py). u is
-computed again, and dropout's mask comes again from its seed. `linear` is registered with torch, so
-that torch.compile keeps it whole; where the base layer is no plain linear one (quantised, sharded,
-hooked), its own output y_j takes the place of W_j.
+all n layers. The small products that y and dx begin with are only written, and the large ones added
+in place: the other way round they would be read and written again. Only x, z and the mixing weights
+that were given are kept for the backward pass, and x not where it can be computed again
+(autograd.py). u is computed again, and dropout's mask comes again from its seed. `linear` is
+registered with torch, so that torch.compile keeps it whole; where the base layer is no plain linear
+one (quantised, sharded, hooked), its own output y_j takes the place of W_j. torch keeps compiled
+graphs on disk by these names: arguments that change need another name.
 
 The loop written from the papers is the reference in the tests (2106.09685, 2311.11501, 2404.19245).
 """
@@ -30,7 +32,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from manylora.adapter.masks import down_backward, down_product, input_backward
+from manylora.adapter.masks import down_backward, down_product, input_gradient
 from manylora.adapter.mixing import Layout, mix, mix_backward, owners
 from manylora.methods import Branches
 
@@ -71,19 +73,45 @@ def forward(
         seed: of dropout's masks, (1) or (N + 1) integers on the CPU. dropout: probability.
         layout: `mixing.Layout`, the same for all layers. scaling: s. shared_scaling: s0.
     """
+    numbers = (layout, scaling, shared_scaling, dropout)
+    z, u = hidden(x, down, len(ups), weights, router, seed, *numbers)
+    return [*outputs(x, bases, biases, dense, ups, u), z]
+
+
+def hidden(
+    x: Tensor,
+    down: Tensor,
+    n: int,
+    weights: Tensor | None,
+    router: Tensor | None,
+    seed: Tensor | None,
+    layout: list[int],
+    scaling: float,
+    shared_scaling: float,
+    dropout: float,
+) -> tuple[Tensor, Tensor]:
+    """z and u (T, n, m)."""
     lay = Layout.decode(layout)
     with _as_is(x):
         z = down_product(x, down, lay, dropout, seed)
-        u = mix(z, len(ups), lay, scaling, shared_scaling, weights, router)
-        ys = []
-        for j, up in enumerate(ups):
-            mine = u[:, j]
-            if dense:
-                y = F.linear(x, bases[j], biases[j] if biases else None)
-                ys.append(y.addmm_(mine, up.t()))
-            else:
-                ys.append(torch.addmm(bases[j], mine, up.t()))
-    return [*ys, z]
+        return z, mix(z, n, lay, scaling, shared_scaling, weights, router)
+
+
+def outputs(
+    x: Tensor,
+    bases: list[Tensor],
+    biases: list[Tensor],
+    dense: bool,
+    ups: list[Tensor],
+    u: Tensor,
+) -> list[Tensor]:
+    """y_1, ..., y_n."""
+    with _as_is(x):
+        if not dense:
+            return [torch.addmm(y, u[:, j], ups[j].t()) for j, y in enumerate(bases)]
+        own: list[Any] = [*biases] or [None] * len(bases)
+        ys = [F.linear(u[:, j], ups[j], bias) for j, bias in enumerate(own)]
+        return [y.addmm_(x, base.t()) for y, base in zip(ys, bases, strict=True)]
 
 
 linear = torch.library.custom_op("manylora::linear", forward, mutates_args=())
@@ -125,9 +153,11 @@ def backward(
         )
         dups = [dy.t() @ u[:, j] for j, dy in enumerate(dys)]
         dz = own if dz is None else own + dz
-        dx = _through_bases(dys, bases, dz, down) if wants_x else None
-        if dx is not None:
-            input_backward(dx, dz, down, lay, dropout, seed)
+        dx = None
+        if wants_x:
+            dx = input_gradient(dz, down, lay, dropout, seed)
+            for dy, base in zip(dys, bases, strict=False):
+                dx.addmm_(dy, base)
     left_out = [z.new_empty(0) for _ in range(3)]
     return [
         left_out[0] if dx is None else dx,
@@ -177,16 +207,6 @@ down_gradient = torch.library.custom_op("manylora::down_gradient", backward_down
 @down_gradient.register_fake
 def _(dz: Tensor, x: Tensor, *rest: Any) -> Any:
     return x.new_empty(dz.shape[1], x.shape[1])
-
-
-def _through_bases(dys: list[Tensor], bases: list[Tensor], dz: Tensor, down: Tensor) -> Tensor:
-    """The frozen layers' share of dx."""
-    if not bases:
-        return dz.new_zeros(len(dz), down.shape[1])
-    dx = dys[0] @ bases[0]
-    for dy, base in zip(dys[1:], bases[1:], strict=True):
-        dx.addmm_(dy, base)
-    return dx
 
 
 def _as_is(x: Tensor) -> Any:

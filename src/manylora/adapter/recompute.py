@@ -25,7 +25,7 @@ from manylora.adapter.mixing import has_triton
 def factors_of(x: Tensor) -> tuple[Tensor, ...] | None:
     """(a, b) or (a, b, w) that autograd keeps and that give x; None where there are none."""
     node: Any = x.grad_fn
-    if node is None or node.name() != "MulBackward0" or _watched():
+    if node is None or node.name() != "MulBackward0" or watched():
         return None
     a, b = node._saved_self, node._saved_other  # None: its partner has no gradient
     if a is not None and b is not None:
@@ -57,6 +57,6 @@ def computed_again(factors: tuple[Tensor, ...]) -> Tensor:
     return w[0] * (a * b).to(w[0].dtype)
 
 
-def _watched() -> bool:
+def watched() -> bool:
     """Whether reading a saved tensor would call somebody's hook."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
