@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from manylora.adapter.config import ManyLoraConfig
 from manylora.adapter.init import Factor, initialize
+from manylora.adapter.mixing import Layout
 from manylora.adapter.ops import fold_scale
 from manylora.adapter.router import not_mergeable, softmax
 from manylora.adapter.running import run
@@ -42,7 +43,15 @@ class ManyLoraLayer(nn.Module, BaseTunerLayer):
         "manylora_shared_B",
     )
     manylora_A: nn.ModuleDict
-    other_param_names = ("branches", "configs", "scaling", "shared_scaling", "routing_loss")
+    other_param_names = (
+        "branches",
+        "layouts",
+        "parts",
+        "configs",
+        "scaling",
+        "shared_scaling",
+        "routing_loss",
+    )
 
     def __init__(self, base_layer: nn.Module, name: str, state: BranchState, **kwargs: Any) -> None:
         super().__init__()
@@ -56,6 +65,8 @@ class ManyLoraLayer(nn.Module, BaseTunerLayer):
         for attribute in self.adapter_layer_names:
             setattr(self, attribute, nn.ModuleDict())
         self.branches: dict[str, Branches] = {}
+        self.layouts: dict[str, Layout] = {}
+        self.parts: dict[str, tuple[str, ...]] = {}
         self.configs: dict[str, ManyLoraConfig] = {}
         self.scaling: dict[str, float] = {}
         self.shared_scaling: dict[str, float] = {}
@@ -76,18 +87,17 @@ class ManyLoraLayer(nn.Module, BaseTunerLayer):
         branches = config.branches_of(self.name)
         self.branches[adapter], self.configs[adapter] = branches, config
         self.scaling[adapter], self.shared_scaling[adapter] = config.scalings_of(self.name)
-        for part, shape in branches.shapes(self.in_features, self.out_features).items():
+        shapes = branches.shapes(self.in_features, self.out_features)
+        self.layouts[adapter], self.parts[adapter] = Layout.of(branches), tuple(shapes)
+        for part, shape in shapes.items():
             getattr(self, f"manylora_{part}")[adapter] = Factor(*shape)
         initialize(self.tensors(adapter), branches, config)
         self._move_adapter_to_device_of_base_layer(adapter)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def tensors(self, adapter: str) -> dict[str, Tensor]:
-        return {
-            attribute.removeprefix("manylora_"): getattr(self, attribute)[adapter]()
-            for attribute in self.adapter_layer_names
-            if adapter in getattr(self, attribute)
-        }
+        held: Any = self._modules  # what a module looks up as an attribute takes longer
+        return {part: held[f"manylora_{part}"]._modules[adapter]() for part in self.parts[adapter]}
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         adapter_names = kwargs.pop("adapter_names", None)

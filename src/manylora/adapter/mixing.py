@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from manylora.methods import Branches
 
@@ -54,6 +55,12 @@ class Layout(NamedTuple):
         return len(set(self.ranks)) == 1
 
     @property
+    def only_scales(self) -> bool:
+        """Whether u is s h and nothing else."""
+        apart = not (self.share_A or self.share_B) or len(self.ranks) == 1
+        return self.gate == "ones" and apart and not self.shared_rank
+
+    @property
     def rows_A(self) -> int:
         return self.ranks[0] if self.share_A else sum(self.ranks)
 
@@ -68,7 +75,8 @@ class Layout(NamedTuple):
 
     def split(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(h, logits, h0), views of z (..., block)."""
-        h, logits, h0 = z.split([self.rows_A, self.logits, self.shared_rank], -1)
+        sizes = [self.rows_A, self.logits, self.shared_rank]
+        h, logits, h0 = torch.split_with_sizes(z, sizes, -1)
         return h, logits, h0
 
     def encode(self) -> list[int]:
@@ -109,6 +117,8 @@ def mix(
     router: Tensor | None,
 ) -> Tensor:
     """u (T, n, m) of z (T, K), which holds n layers and perhaps padding."""
+    if layout.only_scales:
+        return by_layer(z, layout, n) * scaling
     if (kernels := _kernels(z, layout)) is not None:
         given = None if weights is None else weights.expand(len(z), -1, -1)
         shape = _shape(n, layout)
@@ -140,6 +150,10 @@ def mix_backward(
     router: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """(u, dz like z, dweights like weights, drouter like router) of du (T, n, m)."""
+    if layout.only_scales:
+        dz = (du * scaling).flatten(1)
+        u = by_layer(z, layout, n) * scaling
+        return u, F.pad(dz, (0, z.shape[1] - dz.shape[1])), None, None
     if (kernels := _kernels(z, layout)) is not None:
         given = None if weights is None else weights.expand(len(z), -1, -1)
         rest = (*_shape(n, layout), given, *_shared(layout, scaling, shared_scaling))
@@ -191,7 +205,7 @@ def _mix_backward(
 
 def by_layer(z: Tensor, layout: Layout, n: int) -> Tensor:
     """z (T, n, block) without the columns that pad it."""
-    return z[:, : n * layout.block].unflatten(1, (n, layout.block))
+    return z[:, : n * layout.block].view(len(z), n, layout.block)
 
 
 def _kernels(z: Tensor, layout: Layout) -> Any:

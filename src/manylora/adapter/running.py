@@ -50,7 +50,9 @@ def run(
     flat = x.reshape(-1, x.shape[-1]).to(dtype)
     tensors = [layer.tensors(adapter) for layer in layers]
     weights = _weights(layers, tensors, adapter, x, ids, dropout)
-    layout, tensors, weights = _as_computed(branches, tensors, weights, ids, own_masks)
+    layout, tensors, weights = _as_computed(
+        branches, first.layouts[adapter], tensors, weights, ids, own_masks
+    )
     *ys, z = autograd.apply(
         flat,
         *_bases(layers, outputs, dtype),
@@ -97,13 +99,13 @@ def _with_pair(
 
 def _as_computed(
     branches: Branches,
+    layout: Layout,
     tensors: list[dict[str, Tensor]],
     weights: Tensor | None,
     ids: Tensor | None,
     own_masks: bool,
 ) -> tuple[Layout, list[dict[str, Tensor]], Tensor | None]:
     """The layout, and the layers' tensors and weights in it, of what this call has to compute."""
-    layout = Layout.of(branches)
     if weights is not None:
         layout = layout._replace(gate="given")
     used = _used(branches, ids)
