@@ -63,6 +63,7 @@ def arguments() -> argparse.Namespace:
     output.add_argument("--output", type=Path, default=RESULTS)
     output.add_argument("--plots", type=Path, help="a folder for the plots")
     output.add_argument("--show", action="store_true", help="measure nothing; show OUTPUT's rows")
+    output.add_argument("--of", metavar="COMMIT", help="show its rows, not the newest ones")
     return parser.parse_args()
 
 
@@ -82,14 +83,14 @@ def say(line: str) -> None:
     print(f"[{time.strftime('%H:%M:%S')}] {line}", file=sys.stderr, flush=True)
 
 
-def show(path: Path, plots: Path | None, shape: Shape) -> None:
-    rows = results.read(path)
+def show(path: Path, plots: Path | None, shape: Shape, of: str | None = None) -> None:
+    rows = results.read(path, of)
     print(f"{rows[0]['device']}, torch {rows[0]['torch']}, commit {rows[0]['commit']}\n")
     print(results.table(rows) + "\n")
     for target in results.targets(rows):
         print(target)
     beside = path.parent / MERGED
-    for row in results.read(beside) if beside.is_file() else []:
+    for row in results.read(beside, of) if beside.is_file() else []:
         ratio = results.times(row, results.frozen_of(rows, row))
         if ratio is not None:
             print(f"{row['mode']}, frozen with merged input gradients / frozen: {ratio:.3f}")
@@ -104,7 +105,7 @@ def main() -> int:
         sys.exit(f"{RESULTS} is for LLaMA-2-7B's shapes, and rows do not say theirs: give --output")
     path = given.output / "speed.jsonl"
     if given.show:
-        show(path, given.plots, shape)
+        show(path, given.plots, shape, given.of)
         return 0
     rows = chosen(given)
     if given.list or not rows:

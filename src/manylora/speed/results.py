@@ -1,4 +1,4 @@
-"""Raw rows on disk, the table that is made of them, and the targets of issue 6.
+"""Raw rows on disk, the table that is made of them, and the targets.
 
 Every ratio is between medians of rows of the same mode, targets, tokens and checkpointing. Ratios
 to PEFT's LoRA compare the same r, dropout and adapter dtype too.
@@ -62,15 +62,17 @@ def append(path: Path, rows: Sequence[Raw]) -> None:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def read(path: Path) -> list[Raw]:
+def read(path: Path, commit: str | None = None) -> list[Raw]:
     """The rows of the last line's commit, device and torch; of each the last that was measured.
 
-    Raises ValueError when there is no row.
+    commit: the last line of that commit instead. Raises ValueError when there is no row.
     """
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     rows = [json.loads(line) for line in lines if line.strip()]
+    rows = [row for row in rows if commit is None or row["commit"] == commit]
     if not rows:
-        raise ValueError(f"{path} holds no measured rows; run benchmarks/speed.py first")
+        of = f" of commit {commit}" if commit else ""
+        raise ValueError(f"{path} holds no measured rows{of}; run benchmarks/speed.py first")
     newest = [rows[-1][fact] for fact in FACTS]
     mine = [row for row in rows if [row[fact] for fact in FACTS] == newest]
     return list({tuple(row[k] for k in KEY): row for row in mine}.values())
@@ -173,7 +175,7 @@ WORKLOAD = {"targets": "all", "r": 16, "tokens": 8192, "dropout": 0.0, "adapter_
 
 
 def targets(rows: Sequence[Raw]) -> list[Target]:
-    """Issue 6: all seven linears, r = 16, 4 x 2048 tokens, dropout 0, adapters in bf16."""
+    """All seven linears, r = 16, 4 x 2048 tokens, dropout 0, adapters in bf16."""
     found = []
     for mode in ("eager", "compiled"):
         at = {**WORKLOAD, "mode": mode, "checkpointing": False}

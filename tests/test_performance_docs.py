@@ -1,0 +1,50 @@
+"""docs/performance.md has the tables that follow from the kept rows."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+from manylora.speed import results
+
+ROOT = Path(__file__).resolve().parent.parent
+KEPT = ROOT / "benchmarks" / "results"
+KEYS = ("mode", "method", "targets", "n", "checkpointing")
+
+
+def written(page: str, name: str) -> str:
+    """What stands on the page after <!-- name -->."""
+    found = re.search(rf"<!-- {name} -->\n(.*?)<!-- end -->", page, re.DOTALL)
+    assert found is not None, name
+    return found[1].strip()
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+
+
+def test_the_tables_of_a_step_follow_from_the_rows(page: str) -> None:
+    commits = re.findall(r"<!-- speed (\w+) -->", page)
+    assert commits
+    for commit in commits:
+        rows = results.read(KEPT / "speed.jsonl", commit)
+        assert written(page, f"speed {commit}") == results.table(rows, KEYS)
+
+
+def test_the_newest_rows_meet_the_targets() -> None:
+    for target in results.targets(results.read(KEPT / "speed.jsonl")):
+        assert str(target).endswith(", met"), target
+
+
+def test_the_table_of_decoding_follows_from_the_rows(
+    page: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    table = runpy.run_path(str(ROOT / "benchmarks" / "decode.py"))["table"]
+    lines = (KEPT / "decode.jsonl").read_text(encoding="utf-8").splitlines()
+    assert written(page, "decode") == table([json.loads(line) for line in lines])
