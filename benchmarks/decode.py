@@ -49,6 +49,7 @@ ROWS: tuple[tuple[Method, Mixing], ...] = (
     ("hydralora", "token"),
     ("hydralora", "prompt"),
     ("lora_moe", "token"),
+    ("lora_moe", "prompt"),
 )
 WARM_UP = 3  # steps before a graph is recorded
 

@@ -41,7 +41,7 @@ def kernels_of(contender: Contender) -> dict[str, Any]:
     ms: dict[str, float] = defaultdict(float)
     times = []
     for event in profiled.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        if event.device_type.name == "CUDA":
             launches[event.name[:NAME]] += 1
             ms[event.name[:NAME]] += event.device_time_total / 1000
             times += [event.time_range.start, event.time_range.end]

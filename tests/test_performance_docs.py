@@ -41,6 +41,20 @@ def test_the_newest_rows_meet_the_targets() -> None:
         assert str(target).endswith(", met"), target
 
 
+def test_the_readme_says_what_the_rows_say() -> None:
+    rows = results.read(KEPT / "speed.jsonl")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    ratios = {}
+    for mode in ("eager", "compiled"):
+        one = results.find(rows, method="hydralora", n=3, mode=mode, checkpointing=False)
+        assert one is not None
+        frozen, peft = results.frozen_of(rows, one), results.peft_of(rows, one)
+        ratios[mode] = (results.times(one, frozen), results.times(one, peft))
+    (a, b), (c, d) = ratios["eager"], ratios["compiled"]
+    words = f"takes {a:.2f} of a frozen step (compiled {c:.2f}) and its memory, {b:.2f} ({d:.2f})"
+    assert words in " ".join(readme.split())
+
+
 def test_the_table_of_decoding_follows_from_the_rows(
     page: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -142,11 +142,12 @@ def test_padding_and_batch_mates_do_not_count(kind: str) -> None:
         torch.testing.assert_close(batch[i : i + 1], alone, rtol=0, atol=1e-11)
 
 
-def test_the_pair_of_a_prompt_is_the_weight_update_with_its_weights() -> None:
-    model = adapted("hydralora, shared branch")
+@pytest.mark.parametrize("kind", ["hydralora, shared branch", "lora_moe", "lora_moe, uneven"])
+def test_the_pair_of_a_prompt_is_the_weight_update_with_its_weights(kind: str) -> None:
+    model = adapted(kind)
     for layer in layers_of(model):
         g, t = torch.rand(3, dtype=torch.float64), layer.tensors("default")
-        down = torch.cat([t["A"], t["shared_A"]])
+        down = torch.cat([t[part] for part in ("A", "shared_A") if part in t])
         update = layer.get_delta_weight("default", g)
         torch.testing.assert_close(mixed_up(layer, "default", g) @ down, update, **CLOSE)
 

@@ -9,9 +9,10 @@
 HydraLoRA 2404.19245, section 3.2.3: "since matrices B operate as linear functions, we initially
 compute a weighted average of the experts". It does not say over which input; the mean over the
 prompt is our reading, and the prompt itself is mixed per token, as in training. For one sequence
-and a shared A the mixture is one low-rank pair, made when the prompt is read; else g is kept and
-given to the operation. What is kept stays at its place in memory, so that a CUDA graph of a
-decoding step, captured after a prompt, serves later prompts of as many sequences too.
+the mixture is one low-rank pair, made when the prompt is read (of rank r with a shared A, else of
+the sum of the branches' ranks); for several, or a shared B, g is kept and given to the operation.
+What is kept stays at its place in memory, so that a CUDA graph of a decoding step, captured after
+a prompt, serves later prompts of as many sequences too.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from manylora.adapter.layer import ManyLoraLayer, layers_of
+from manylora.adapter.mixing import owners
 from manylora.adapter.ops import fold_scale
 
 
@@ -111,7 +113,7 @@ class PromptMixing:
         for j, layer in enumerate(layers):
             _keep(self._weights, (layer, adapter, batch), mean[:, j])
         branches = layers[0].branches[adapter]
-        if batch == 1 and branches.share_A:
+        if batch == 1 and not branches.share_B:
             self._keep_pair(layers, adapter, mean[0], dtype)
 
     def _keep_pair(
@@ -156,11 +158,18 @@ class PromptMixing:
 
 
 def mixed_up(layer: ManyLoraLayer, adapter: str, weights: Tensor) -> Tensor:
-    """[s sum_i g_i B_i | s0 B0] (out, r + shared rank) for weights g (N,) and a shared A."""
+    """What the rows of A and the shared A are multiplied by, for weights g (N,).
+
+    [s sum_i g_i B_i | s0 B0] (out, r + shared rank) of a shared A; where each branch has its own,
+    [s g_1 B_1 ... s g_N B_N | s0 B0].
+    """
     branches, t = layer.branches[adapter], layer.tensors(adapter)
     B = fold_scale(t["B"], branches, t.get("scale")).to(weights.dtype)
-    blocks = B.unflatten(1, (branches.count, branches.ranks[0]))
-    up = layer.scaling[adapter] * (blocks * weights[:, None]).sum(1)
+    if branches.share_A:
+        blocks = B.unflatten(1, (branches.count, branches.ranks[0]))
+        up = layer.scaling[adapter] * (blocks * weights[:, None]).sum(1)
+    else:
+        up = layer.scaling[adapter] * (B * (weights @ owners(branches.ranks, weights)))
     if not branches.shared_rank:
         return up
     return torch.cat([up, layer.shared_scaling[adapter] * t["shared_B"].to(up.dtype)], 1)
@@ -186,6 +195,8 @@ def prompt_mixing(model: nn.Module) -> Iterator[None]:
     token, and each routed layer keeps the mean of its mixing weights over a sequence's tokens
     (attention_mask says which are no padding). A pass of one new token a sequence, with a cache,
     uses those means. Around generate, or around a loop of your own that passes past_key_values.
+    A prompt that is read in pieces is several prompts, of which the last counts; without a cache,
+    or with several guessed tokens at once (assisted decoding), every pass is a prompt.
     CUDA graphs captured inside are of use until the context ends. (On a GPU, a static cache that
     was reset looks full without waiting for it: there, a prompt needs two tokens.)
 
