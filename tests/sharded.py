@@ -1,6 +1,6 @@
 """One of two processes that train a tiny model sharded between them; run by test_sharded.py.
 
-    python tests/sharded.py KIND METHOD RANK PORT FILE
+    python tests/sharded.py KIND METHOD RANK PORT FILE      KIND: fsdp1, fsdp2, zero3, ...
 
 Writes the losses of three steps on the whole batch, of which each process has half.
 """
@@ -53,6 +53,32 @@ def losses(model: nn.Module, adapter: nn.Module, rows: slice, steps: int = 3) ->
     return found
 
 
+def zero_losses(model: nn.Module, stage: int, rows: slice, steps: int = 3) -> list[float]:
+    """`losses` under DeepSpeed's ZeRO, which has a training loop of its own."""
+    import deepspeed
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_clipping": 0.0,  # DeepSpeed's default is 1
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+    }
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=torch.optim.AdamW(trained, lr=1e-2), config=config
+    )
+    found = []
+    for _ in range(steps):
+        with branch_ids(model, IDS[rows]):
+            logits = engine(input_ids=TOKENS[rows], use_cache=False).logits
+            loss = nn.functional.cross_entropy(logits[:, :-1].mT, TOKENS[rows][:, 1:])
+            engine.backward(loss)
+        found.append(float(loss))
+        engine.step()
+    return found
+
+
 def sharded(model: Any, kind: str) -> nn.Module:
     """fsdp1: by decoder layers, with the original parameters; fsdp2: by layers, or by products."""
     if kind == "fsdp1":
@@ -71,11 +97,15 @@ def sharded(model: Any, kind: str) -> nn.Module:
 
 def main(kind: str, method: str, rank: str, port: str, file: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=rank, WORLD_SIZE="2")
+    os.environ["LOCAL_RANK"] = rank
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     half = slice(2 * int(rank), 2 * int(rank) + 2)
     model = made(method)
-    mine = torch.tensor(losses(sharded(model, kind), model, half))
+    if kind.startswith("zero"):
+        mine = torch.tensor(zero_losses(model, int(kind[-1]), half))
+    else:
+        mine = torch.tensor(losses(sharded(model, kind), model, half))
     dist.all_reduce(mine)
     if rank == "0":
         Path(file).write_text(json.dumps((mine / 2).tolist()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import socket
@@ -20,7 +21,7 @@ def of_two(kind: str, method: str, file: Path) -> list[float]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     both = [
         subprocess.Popen(
             [sys.executable, PROGRAM, kind, method, rank, port, file],
@@ -36,9 +37,19 @@ def of_two(kind: str, method: str, file: Path) -> list[float]:
     return found
 
 
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None,
+    reason="DeepSpeed is built from source: pip install --no-build-isolation deepspeed",
+)
+
+
 @pytest.mark.parametrize(
     ("kind", "method"),
-    zip(["fsdp1", "fsdp2", "fsdp2 by products"], METHODS, strict=True),
+    [
+        *zip(["fsdp1", "fsdp2", "fsdp2 by products"], METHODS, strict=True),
+        *(pytest.param("zero2", method, marks=needs_deepspeed) for method in METHODS),
+        *(pytest.param("zero3", method, marks=needs_deepspeed) for method in METHODS),
+    ],
 )
 def test_sharded_training_is_training(kind: str, method: str, tmp_path: Path) -> None:
     model = made(method)
