@@ -13,9 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 import manylora
-from manylora import export
 from manylora.adapter.layer import layers_of
-from manylora.export import ExportError, export_lora, lora_factors
+from manylora.export import ExportError, export_lora, lora_factors, plans
 from manylora.recipe import Recipe
 from manylora.train import train
 from tiny import attach, tiny_llama
@@ -97,13 +96,13 @@ def test_a_wrong_export_fails_and_leaves_nothing(
     make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = train(make_recipe(method="multilora"))
-    right = export.lora_factors
+    right = plans.lora_factors
 
     def wrong(*arguments: object) -> tuple[torch.Tensor, torch.Tensor]:
         A, B = right(*arguments)  # type: ignore[arg-type]
         return A, B * 1.5
 
-    monkeypatch.setattr(export, "lora_factors", wrong)
+    monkeypatch.setattr(plans, "lora_factors", wrong)
     with pytest.raises(ExportError, match=r"differ from the live run by .* nothing was kept"):
         export_lora(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -332,8 +332,9 @@ def test_a_checkpoint_s_tensors_are_left_to_it() -> None:
 
 
 @pytest.mark.parametrize("ids", [[3], [3, 3, 3], [5, 1, 5], [-1, 2, -1], [-1, -1, -1]])
+@pytest.mark.parametrize("method", ["branch_per_cluster", "multilora"])
 def test_branches_that_a_batch_does_not_use_are_skipped_and_change_nothing(
-    ids: list[int], monkeypatch: pytest.MonkeyPatch
+    method: str, ids: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     widths: list[int] = []
     given = autograd.apply
@@ -343,7 +344,7 @@ def test_branches_that_a_batch_does_not_use_are_skipped_and_change_nothing(
         return given(x, *rest, **more)
 
     monkeypatch.setattr(autograd, "apply", watched)
-    config = {"method": "branch_per_cluster", "num_branches": 6, "r": 3, "shared_rank": 2}
+    config = {"method": method, "num_branches": 6, "r": 3, "shared_rank": 2, "gate": "one_hot"}
     found = []
     for skipping in (True, False):
         model = attach(tiny_llama(), init_weights=False, **config).double()

@@ -1,20 +1,30 @@
-"""A quantised base model (bitsandbytes, on the CPU): train, save, load, merge and take off."""
+"""A quantised base model (bitsandbytes, on the CPU): train, save, load, merge and take off.
+
+GPTQ and AWQ need their package, gptqmodel, and a GPU: here a stand-in takes the place of its layer
+class in PEFT's own search for the backend, so what is tested is all but the package itself.
+"""
 
 from __future__ import annotations
 
+import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel, prepare_model_for_kbit_training
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 import manylora
 from manylora.adapter.layer import ManyLoraLayer
-from tiny import VOCAB, attach, tiny_llama, train_steps
+from manylora.recipe import Recipe, parse_recipe
+from manylora.train import train
+from tiny import VOCAB, attach, save_tiny_model, tiny_llama, train_steps
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -151,3 +161,93 @@ def test_bf16_factors_with_fp32_scale_and_router_compute(
             assert parameter.grad is not None, name
             assert parameter.grad.dtype == parameter.dtype
             assert parameter.grad.isfinite().all()
+
+
+@bits
+def test_a_run_on_a_quantised_base_keeps_its_router_in_fp32(
+    bits: int, make_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    values = make_recipe(method="hydralora").model_dump()
+    values["model"] = str(save_tiny_model(tmp_path / "model", hidden_size=64, intermediate_size=64))
+    run = train(parse_recipe({**values, "quantize": f"{bits}bit"}))
+    saved = load_file(run / "adapter_model.safetensors")
+    assert {t.dtype for name, t in saved.items() if "manylora_router" in name} == {torch.float32}
+    assert any(t.any() for name, t in saved.items() if "manylora_B" in name)
+    model, tokenizer = manylora.load(run)
+    layer = first_layer(model)
+    assert type(layer.base_layer).__name__ == LAYERS[bits]
+    assert layer.manylora_router["default"].weight.dtype == torch.float32
+    inputs = tokenizer("blue", return_tensors="pt")
+    assert model.generate(**inputs, max_new_tokens=3).shape[1] > inputs["input_ids"].shape[1]
+
+
+class PackedLinear(nn.Module):
+    """A stand-in for gptqmodel's layer: codes and a scale per output, computed with, not undone."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bias = (
+            linear.in_features,
+            linear.out_features,
+            None,
+        )
+        step = linear.weight.detach().abs().amax(1, keepdim=True) / 7
+        self.register_buffer("qweight", (linear.weight.detach() / step).round().to(torch.int8))
+        self.register_buffer("scales", step)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.qweight * self.scales).to(x.dtype).T
+
+
+@pytest.fixture
+def packed(monkeypatch: pytest.MonkeyPatch) -> Callable[[], PreTrainedModel]:
+    """A model of packed layers, which PEFT takes for gptqmodel's."""
+    module = ModuleType("gptqmodel.nn_modules.qlinear")
+    module.BaseQuantLinear = PackedLinear  # type: ignore[attr-defined]
+    for name in ("gptqmodel", "gptqmodel.nn_modules"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    for place in ("peft.utils.quantization_utils", "peft.utils.other"):
+        monkeypatch.setattr(f"{place}.is_gptqmodel_available", lambda: True)
+
+    def make() -> PreTrainedModel:
+        model = tiny_llama(num_hidden_layers=1)
+        for name, linear in list(model.named_modules()):
+            if isinstance(linear, nn.Linear) and name != "lm_head":
+                parent, _, own = name.rpartition(".")
+                setattr(model.get_submodule(parent), own, PackedLinear(linear))
+        return model
+
+    return make
+
+
+NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@methods
+def test_layers_that_only_compute_train_save_and_load(
+    config: dict[str, Any], packed: Callable[[], PreTrainedModel], tmp_path: Path
+) -> None:
+    model = attach(packed(), task_type="CAUSAL_LM", target_modules=NAMES, **config).train()
+    layer = first_layer(model)
+    assert layer.quantization_backend.backend_name == "gptq"
+    codes = layer.base_layer.qweight.clone()
+    losses = train_steps(model, X, IDS, steps=8)
+    assert losses[-1] < losses[0] - 0.02
+    assert torch.equal(layer.base_layer.qweight, codes)
+    expected = logits(model)
+    with model.disable_adapter():
+        assert (logits(model) - expected).abs().max() > 0.01
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(packed(), tmp_path)), expected)
+
+
+def test_merging_into_layers_that_only_compute_names_the_better_way(
+    packed: Callable[[], PreTrainedModel],
+) -> None:
+    model = attach(packed(), method="multilora", target_modules=NAMES, init_weights=False)
+    before = logits(model)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=r"a gptq layer cannot take a merge.*unquantised base"):
+            merge()
+    assert torch.equal(logits(model), before)

@@ -1,4 +1,4 @@
-"""What an exported adapter computes in PEFT alone: logits from a process without manylora."""
+"""What an export computes without manylora: logits from a process of its own."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ base, data, *folders = sys.argv[1:]
 tokens = load_file(data)["tokens"]
 model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
 logits = {}
+if not folders:
+    with torch.inference_mode():
+        logits["0"] = model(input_ids=tokens).logits.contiguous()
 for i, folder in enumerate(folders):
     if i == 0:
         model = PeftModel.from_pretrained(model, folder, adapter_name="0").eval()
@@ -43,6 +46,16 @@ def plain_logits(base: str, folders: Sequence[Path], tokens: Tensor) -> list[Ten
 
     tokens: (batch, tokens) ids. Raises PlainPeftError with the end of the process's own message.
     """
+    logits = _elsewhere(base, folders, tokens)
+    return [logits[str(i)] for i in range(len(folders))]
+
+
+def model_logits(folder: Path, tokens: Tensor) -> Tensor:
+    """Float32 logits of a model folder by itself; arguments and errors as for `plain_logits`."""
+    return _elsewhere(str(folder), [], tokens)["0"]
+
+
+def _elsewhere(base: str, folders: Sequence[Path], tokens: Tensor) -> dict[str, Tensor]:
     with tempfile.TemporaryDirectory() as temporary:
         data = Path(temporary) / "logits.safetensors"
         save_file({"tokens": tokens}, str(data))
@@ -50,5 +63,4 @@ def plain_logits(base: str, folders: Sequence[Path], tokens: Tensor) -> list[Ten
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise PlainPeftError(done.stderr[-2000:])
-        logits = load_file(str(data))
-    return [logits[str(i)] for i in range(len(folders))]
+        return load_file(str(data))

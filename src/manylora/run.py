@@ -19,6 +19,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from manylora import __version__
+from manylora.adapter.checking import WEIGHTS_FILE, check_config
 from manylora.adapter.config import ManyLoraConfig
 from manylora.base import load_model, load_tokenizer, name_and_revision
 from manylora.recipe import RECIPE_FILE, Recipe, load_recipe
@@ -30,15 +31,30 @@ PACKAGES = ("torch", "peft", "transformers", "trl", "accelerate")
 def load(run: str | Path) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """The trained model, in eval mode, and its tokenizer, from a run folder alone.
 
-    Raises FileNotFoundError when the folder is not a finished run.
+    Raises FileNotFoundError when the folder is not a finished run, AdapterFileError (a ValueError)
+    when a file in it is damaged or not what it must be: before the base model is loaded.
     """
     folder = Path(run)
     recipe = recipe_of(folder)
+    check_folder(folder)
     base = load_model(recipe.model, recipe.dtype, recipe.quantize)
     model = PeftModel.from_pretrained(base, str(folder))
     if torch.cuda.is_available() and recipe.quantize is None:
         model.to("cuda")
     return model.eval(), load_tokenizer(recipe.model)
+
+
+def check_folder(folder: Path) -> ManyLoraConfig:
+    """The configuration of an adapter folder whose files are all what they must be.
+
+    Raises AdapterFileError, which names the file and what to do, and FileNotFoundError; nothing of
+    the weights is read.
+    """
+    check_config(folder)
+    config = ManyLoraConfig.from_pretrained(str(folder))
+    if config.saved is None:
+        raise FileNotFoundError(f"{folder / WEIGHTS_FILE}: no such file; copy the whole folder")
+    return config
 
 
 def config_of(model: PeftModel, adapter: str = "default") -> ManyLoraConfig:
@@ -135,6 +151,8 @@ from peft import PeftModel
 
 model = PeftModel.from_pretrained(base_model, "{name}")
 ```
+
+In programs that cannot be changed, `manylora autoload enable` takes the place of the import.
 
 Scores before and after training are in `scores.json`, with pictures in `report.html`; the run is
 repeated with `manylora train recipe.yaml output=NEW_FOLDER`.

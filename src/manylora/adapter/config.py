@@ -15,6 +15,17 @@ from typing import Any, Literal
 from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 
+from manylora.adapter.checking import (
+    CONFIG_FILE,
+    PICKLE_FILE,
+    WEIGHTS_FILE,
+    SavedAdapter,
+    check_config,
+    check_selector,
+    check_weights,
+    file_inside,
+)
+from manylora.adapter.saved_config import AdapterFileError, printable
 from manylora.adapter.selector import SELECTOR_FILE, BranchSelector
 from manylora.methods import Branches, Gate, RouterInput, resolve
 
@@ -95,6 +106,7 @@ class ManyLoraConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = ManyLoraPeftType.MANYLORA
         self.branch_selector: BranchSelector | None = None
+        self.saved: SavedAdapter | None = None
         if self.format_version > FORMAT_VERSION:
             raise ValueError(
                 f"this adapter has format_version={self.format_version}, newer than the "
@@ -182,15 +194,37 @@ class ManyLoraConfig(PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> ManyLoraConfig:
-        """Read the configuration and, where the adapter needs it, its branch selector."""
-        config: ManyLoraConfig = super().from_pretrained(
-            pretrained_model_name_or_path, subfolder=subfolder, **kwargs
-        )
+        """Read the configuration and, where the adapter needs it, its branch selector.
+
+        In a local folder every file is checked before it is read, the weights against the
+        configuration too: `AdapterFileError` names the file and what to do.
+        """
+        folder = Path(pretrained_model_name_or_path) / (subfolder or "")
+        local = (folder / CONFIG_FILE).is_file()
+        if local:
+            check_config(folder)
+        try:
+            config: ManyLoraConfig = super().from_pretrained(
+                pretrained_model_name_or_path, subfolder=subfolder, **kwargs
+            )
+        except (ValueError, TypeError) as error:
+            if not local:
+                raise
+            raise AdapterFileError(f"{folder / CONFIG_FILE}: {printable(error)}") from None
+        if local:
+            config._check_beside(folder)
         if config.selector:
             config.branch_selector = BranchSelector.load_beside(
                 pretrained_model_name_or_path, subfolder, kwargs.get("revision")
             )
         return config
+
+    def _check_beside(self, folder: Path) -> None:
+        """Selector and weights, where they are there: a configuration can be read alone."""
+        if self.selector and (folder / SELECTOR_FILE).exists():
+            check_selector(file_inside(folder, SELECTOR_FILE), self.branches_of().choices)
+        if any((folder / name).exists() for name in (WEIGHTS_FILE, PICKLE_FILE)):
+            self.saved = check_weights(folder, self)
 
 
 @dataclass

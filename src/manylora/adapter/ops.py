@@ -42,7 +42,7 @@ def fold_scale(B: Tensor, branches: Branches, scale: Tensor | None) -> Tensor:
     if scale is None:
         return B
     if branches.equal_ranks:
-        blocks = torch.unflatten(B, 1, (branches.count, branches.ranks[0]))
+        blocks = torch.unflatten(B, 1, (len(scale), branches.ranks[0]))  # perhaps not all branches
         return (blocks * scale.T.unsqueeze(-1)).flatten(1)
     return B * (scale.T @ owners(branches.ranks, scale))
 

@@ -135,7 +135,10 @@ def _only(t: dict[str, Tensor], branches: Branches, used: Tensor) -> dict[str, T
     r = branches.ranks[0]
     blocks = used.to(t["A"].device)
     A = t["A"].unflatten(0, (-1, r)).index_select(0, blocks).flatten(0, 1)
-    return {**t, "A": A, "B": t["B"].unflatten(1, (-1, r)).index_select(1, blocks).flatten(1)}
+    own = {"A": A, "B": t["B"].unflatten(1, (-1, r)).index_select(1, blocks).flatten(1)}
+    if "scale" in t:
+        own["scale"] = t["scale"].index_select(0, blocks)
+    return {**t, **own}
 
 
 def _factors(x: Tensor, layer: ManyLoraLayer) -> tuple[Tensor, ...]:

@@ -17,7 +17,7 @@ from peft.mapping import (
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     get_quantization_kwargs,
@@ -28,9 +28,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from manylora.adapter.config import ManyLoraConfig, ManyLoraPeftType
+from manylora.adapter.fitting import check_loaded, check_model, check_size
 from manylora.adapter.ids import set_ids
 from manylora.adapter.layer import ManyLoraLayer, ManyLoraLinear, layers_of
 from manylora.adapter.mixed import hook_adapter_names
+from manylora.adapter.quantized import refuse_forward_only
 from manylora.adapter.router import not_mergeable
 from manylora.adapter.selector import BranchSelector, missing_selector
 from manylora.adapter.sharing import find_siblings
@@ -52,6 +54,7 @@ class ManyLoraModel(BaseTuner):
     ) -> None:
         if not hasattr(self, "branch_state"):
             self.branch_state = BranchState()
+        check_model(model, config)
 
     def _check_new_adapter_config(  # type: ignore[override]
         self, config: ManyLoraConfig
@@ -72,6 +75,21 @@ class ManyLoraModel(BaseTuner):
                 _no_match(model, self.peft_config[adapter_name])
             ) from error
 
+    @classmethod
+    def _remap_adapter_state_dict_for_load(  # type: ignore[override]
+        cls,
+        model: nn.Module,
+        config: ManyLoraConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """PEFT goes on with what it finds; a missing tensor would stay as it was initialised."""
+        found = super()._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+        )
+        check_loaded(model, config, adapter_name, found)
+        return found
+
     def _create_and_replace(  # type: ignore[override]
         self,
         config: ManyLoraConfig,
@@ -82,6 +100,9 @@ class ManyLoraModel(BaseTuner):
         current_key: str,
         **kwargs: Any,
     ) -> None:
+        if config.saved is not None:
+            base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+            check_size(config, current_key, _get_in_out_features(base))
         if isinstance(target, ManyLoraLayer):
             target.update_layer(adapter_name, config, inference_mode=config.inference_mode)
             return
@@ -139,6 +160,7 @@ class ManyLoraModel(BaseTuner):
             one_branch = branches.needs_ids and ids is not None and ids.numel() == 1
             if branches.gate == "router" or (branches.needs_ids and not one_branch):
                 raise ValueError(not_mergeable(name, branches))
+        refuse_forward_only(layers_of(self.model))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         branches = self.peft_config[adapter_name].branches_of()
@@ -241,8 +263,9 @@ def _no_match(model: nn.Module, config: ManyLoraConfig) -> str:
         )
         if (value := getattr(config, name)) is not None
     ]
+    where = "" if config.saved is None else f"{config.saved.file.parent}: "
     return (
-        f"no linear layer matches {', '.join(given)}; "
+        f"{where}no linear layer matches {', '.join(given)}; "
         f"this model has {', '.join(dict.fromkeys(linear)) or 'no linear layer at all'}"
     )
 

@@ -14,11 +14,14 @@ from typing import Any
 from rich.markup import escape
 from transformers.utils import logging
 
-from manylora.cli import looking, making, using
+# isort: off
+from manylora.cli import looking, making, using, shipping, serving, importing
+
+# isort: on
 from manylora.cli.app import app, console
 from manylora.training.interrupts import Interrupted
 
-__all__ = ["app", "looking", "main", "making", "using"]
+__all__ = ["app", "importing", "looking", "main", "making", "serving", "shipping", "using"]
 
 
 def _quiet() -> None:

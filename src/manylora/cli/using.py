@@ -131,26 +131,6 @@ def chat(
 
 
 @app.command()
-def export(
-    run: RunFolder,
-    output: Annotated[Path | None, typer.Option(help="Default: RUN/export.")] = None,
-    static: Annotated[
-        bool, typer.Option(help="Token-routed runs: fix the routing at its measured mean.")
-    ] = False,
-) -> None:
-    """Write plain PEFT LoRA folders that load without manylora, each checked against the run."""
-    from manylora.export import export_lora
-    from manylora.report.page import write_report
-
-    for done in export_lora(run, output or run / "export", static):
-        kind = "exact" if done.exact else "approximation"
-        typer.echo(
-            f"{done.path}  {kind}, logits within {done.max_logit_difference:.1e}: {done.note}"
-        )
-    write_report(run)
-
-
-@app.command()
 def doctor(
     recipe: Annotated[Path | None, typer.Argument(help="A recipe to check as well.")] = None,
     changes: Changes = None,

@@ -1,0 +1,23 @@
+"""Base layers that are quantised: which of them can take a merge.
+
+PEFT's backends compute with all of them. GPTQ, AWQ, EETQ and AQLM layers have no way back from a
+weight to their codes (`ForwardOnlyQuantizationBackend`), so nothing can be merged into them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from manylora.adapter.layer import ManyLoraLayer
+
+
+def refuse_forward_only(layers: Iterable[ManyLoraLayer]) -> None:
+    """Raises ValueError, before any layer is touched, when one of them cannot be merged into."""
+    for layer in layers:
+        backend = layer.quantization_backend
+        if backend is not None and not backend.supports_merge:
+            raise ValueError(
+                f"{layer.name}: a {backend.backend_name} layer cannot take a merge: its weights "
+                "are not quantised again. Load the adapter on the unquantised base model and merge "
+                "it there, or export it as a LoRA and leave the base as it is"
+            )

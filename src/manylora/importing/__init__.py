@@ -1,0 +1,1 @@
+"""Adapters of other code, brought in as manylora's own."""
