@@ -13,29 +13,25 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import shutil
 import sys
 import tempfile
 import time
-from collections import Counter
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before PEFT is imported: a folder is never looked up
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from here import about_here  # noqa: E402
+from in_children import finish, fuzz
 
-from folder_check import CHECKPOINT, KINDS, base_model, check, make_adapter  # noqa: E402
-from folder_fuzzing import mutate  # noqa: E402
-from fuzz_check import ViolationError  # noqa: E402
+from folder_check import CHECKPOINT, KINDS, base_model, check, make_adapter
+from folder_fuzzing import mutate
+from fuzz_check import ViolationError
 
-SILENCE = 60.0
+OUTCOMES = ("loaded", "refused")
 
 
 def work(kind: str, start: int, stop: int, seed: int, results: Connection) -> None:
@@ -56,45 +52,6 @@ def work(kind: str, start: int, stop: int, seed: int, results: Connection) -> No
             shutil.rmtree(folder)
 
 
-def fuzz(kind: str, inputs: int, seed: int) -> dict[str, Any]:
-    """Counts of outcomes; a crash or a hang of the child is one, and the next folder goes on."""
-    counts: Counter[str] = Counter(inputs=inputs, loaded=0, refused=0, violations=0)
-    counts.update(crashes=0, hangs=0)
-    found: list[str] = []
-    slowest, number = 0.0, 0
-    began = time.perf_counter()
-    while number < inputs:
-        receive, send = multiprocessing.Pipe(duplex=False)
-        child = multiprocessing.Process(target=work, args=(kind, number, inputs, seed, send))
-        child.start()
-        send.close()
-        try:
-            while receive.poll(SILENCE):
-                at, outcome, message, seconds = receive.recv()
-                counts[outcome] += 1
-                slowest, number = max(slowest, seconds), at + 1
-                if message:
-                    found.append(f"{kind} {at}: {message}")
-            counts["hangs"] += 1
-            found.append(f"{kind} {number}: silent for {SILENCE} s")
-            child.kill()
-            number += 1
-        except EOFError:
-            if number < inputs:
-                child.join()
-                counts["crashes"] += 1
-                found.append(f"{kind} {number}: the process ended with code {child.exitcode}")
-                number += 1
-        child.join()
-    for line in found[:20]:
-        print(line, file=sys.stderr)
-    return {
-        **counts,
-        "slowest_seconds": round(slowest, 2),
-        "seconds": round(time.perf_counter() - began, 1),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--inputs", type=int, default=10_000, help="how many of all together")
@@ -105,15 +62,9 @@ def main() -> None:
     kinds, results = options.only or KINDS, {}
     for place, kind in enumerate(kinds):
         share = len(range(place, options.inputs, len(kinds)))
-        results[kind] = fuzz(kind, share, options.seed)
+        results[kind] = fuzz(work, kind, share, options.seed, OUTCOMES)
         print(json.dumps({kind: results[kind]}), flush=True)
-    kept = {**about_here(), "seed": options.seed, "folders": results}
-    if not options.no_keep:
-        path = HERE / "results" / "fuzz_adapters.json"
-        path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-        print(path)
-    bad = sum(r["violations"] + r["crashes"] + r["hangs"] for r in results.values())
-    sys.exit(f"{bad} folders were not handled as promised" if bad else 0)
+    finish(results, options.seed, "folders", None if options.no_keep else "fuzz_adapters.json")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,71 @@
+"""Fuzzing in child processes, so that a crash or a hang of a library is one outcome of many."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from here import about_here
+
+RESULTS = Path(__file__).resolve().parent / "results"
+SILENCE = 60.0
+
+Work = Callable[[str, int, int, int, Connection], None]
+"""work(kind, start, stop, seed, results) sends (number, outcome, message, seconds) for each."""
+
+
+def fuzz(work: Work, kind: str, inputs: int, seed: int, outcomes: Sequence[str]) -> dict[str, Any]:
+    """Counts of outcomes; a crash or a hang of the child is one, and the next input goes on."""
+    counts: Counter[str] = Counter(inputs=inputs)
+    counts.update(dict.fromkeys((*outcomes, "violations", "crashes", "hangs"), 0))
+    found: list[str] = []
+    slowest, number = 0.0, 0
+    began = time.perf_counter()
+    while number < inputs:
+        receive, send = multiprocessing.Pipe(duplex=False)
+        child = multiprocessing.Process(target=work, args=(kind, number, inputs, seed, send))
+        child.start()
+        send.close()
+        try:
+            while receive.poll(SILENCE):
+                at, outcome, message, seconds = receive.recv()
+                counts[outcome] += 1
+                slowest, number = max(slowest, seconds), at + 1
+                if message:
+                    found.append(f"{kind} {at}: {message}")
+            counts["hangs"] += 1
+            found.append(f"{kind} {number}: silent for {SILENCE} s")
+            child.kill()
+            number += 1
+        except EOFError:
+            if number < inputs:
+                child.join()
+                counts["crashes"] += 1
+                found.append(f"{kind} {number}: the process ended with code {child.exitcode}")
+                number += 1
+        child.join()
+    for line in found[:20]:
+        print(line, file=sys.stderr)
+    return {
+        **counts,
+        "slowest_seconds": round(slowest, 2),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+def finish(results: dict[str, dict[str, Any]], seed: int, what: str, file: str | None) -> None:
+    """Keep the counts in results/FILE, if one is given; exit with 1 where a promise was broken."""
+    if file is not None:
+        kept = {**about_here(), "seed": seed, what: results}
+        path = RESULTS / file
+        path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        print(path)
+    bad = sum(r["violations"] + r["crashes"] + r["hangs"] for r in results.values())
+    sys.exit(f"{bad} inputs were not handled as promised" if bad else 0)
