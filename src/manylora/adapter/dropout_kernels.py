@@ -30,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 ROUNDS = tl.constexpr(7)
+# No seed is specialised: Triton would compile each kernel again for one that 16 divides.
 
 
 @triton.jit
@@ -43,7 +44,7 @@ def _kept(key, row, first, BT: tl.constexpr, BD: tl.constexpr, threshold):
     return tl.interleave(words & 0xFFFF, words >> 16) >= threshold.to(tl.uint32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def _down(
     x, A, z, T, seed: tl.int64, x_t, A_k, threshold, factor,
     width: tl.constexpr, K: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
@@ -67,7 +68,7 @@ def _down(
     tl.store(z + row[:, None] * K + k[None, :], z_part, mask=live & rank)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def _to_x(
     dx, dz, A, T, seed: tl.int64, dz_t, A_k, threshold, factor,
     width: tl.constexpr, K: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
@@ -95,7 +96,7 @@ def _to_x(
     tl.store(there, total * factor * kept + plain, mask=live & inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def _to_A(
     dz, x, parts, T, seed: tl.int64, dz_t, x_t, threshold, factor,
     width: tl.constexpr, K: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
@@ -125,7 +126,7 @@ def _to_A(
     tl.store(there, dA, mask=(k < K)[:, None] & inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def _draw(mask, T, seed: tl.int64, width, threshold, BT: tl.constexpr, BD: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     first = tl.program_id(1) * BD
