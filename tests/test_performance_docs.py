@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from manylora.speed import results
+from manylora.speed import electricity, results
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "benchmarks" / "results"
+SWEPT = ("mode", "method", "r", "n", "tokens", "dropout", "adapter_dtype")
 KEYS = ("mode", "method", "targets", "n", "checkpointing")
 
 
@@ -29,11 +30,29 @@ def page() -> str:
 
 
 def test_the_tables_of_a_step_follow_from_the_rows(page: str) -> None:
-    commits = re.findall(r"<!-- speed (\w+) -->", page)
-    assert commits
-    for commit in commits:
-        rows = results.read(KEPT / "speed.jsonl", commit)
-        assert written(page, f"speed {commit}") == results.table(rows, KEYS)
+    rows = results.read(KEPT / "speed.jsonl")
+    commit = rows[0]["commit"]
+    main = [row for row in rows if row["tokens"] == 8192]
+    others = [row for row in rows if row["tokens"] != 8192]
+    assert all(len(row["step_ms"]) >= results.LEAST_STEPS for row in main)
+    assert written(page, f"speed {commit}") == results.table(main, KEYS)
+    assert written(page, f"sweep {commit}") == results.table(others, SWEPT)
+
+
+def test_the_table_of_energy_follows_from_its_blocks(page: str) -> None:
+    lines = (KEPT / "speed_energy.jsonl").read_text(encoding="utf-8").splitlines()
+    assert written(page, "energy") == electricity.table([json.loads(line) for line in lines])
+
+
+def test_the_table_of_dropout_follows_from_its_rows(page: str) -> None:
+    lines = (KEPT / "dropout_paths.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = {(r["width"], r["tokens"], r["path"]): r for r in map(json.loads, lines)}
+    for (width, tokens, path), row in rows.items():
+        if path == "kernels":
+            ms = [row["gpu_us"], rows[width, tokens, "masks"]["gpu_us"]]
+            issue = [row["issue_us"], rows[width, tokens, "masks"]["issue_us"]]
+            cells = [width, tokens, *(f"{us:.0f}" for us in (*ms, *issue))]
+            assert f"| {' | '.join(map(str, cells))} |" in written(page, "dropout")
 
 
 def test_the_newest_rows_meet_the_targets() -> None:
@@ -74,4 +93,6 @@ def test_the_table_of_decoding_follows_from_the_rows(
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     table = runpy.run_path(str(ROOT / "benchmarks" / "decode.py"))["table"]
     lines = (KEPT / "decode.jsonl").read_text(encoding="utf-8").splitlines()
-    assert written(page, "decode") == table([json.loads(line) for line in lines])
+    rows = [json.loads(line) for line in lines]
+    newest = [row for row in rows if row["commit"] == rows[-1]["commit"]]
+    assert written(page, "decode") == table(newest)

@@ -38,6 +38,22 @@ def measure_energy(
     return found
 
 
+def table(blocks: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table of blocks: hours and kWh of 1000 steps, and both beside PEFT's LoRA, r=8."""
+    peft = next((b for b in blocks if (b["method"], b["r"]) == ("peft_lora", 8)), None)
+    lines = [
+        "| method | r | N | h / 1000 steps | GPU kWh | CPU kWh | RAM kWh | h / LoRA r=8 | kWh |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for b in blocks:
+        parts = " | ".join(f"{b['parts'][part]:.4f}" for part in ("gpu", "cpu", "ram"))
+        keys = ("seconds_per_1000_steps", "kwh_per_1000_steps")
+        ratios = " | ".join("-" if peft is None else f"{b[key] / peft[key]:.2f}" for key in keys)
+        hours = b["seconds_per_1000_steps"] / 3600
+        lines.append(f"| {b['method']} | {b['r']} | {b['n']} | {hours:.4f} | {parts} | {ratios} |")
+    return "\n".join(lines)
+
+
 def _block(one: Measured, seconds: float) -> dict[str, Any]:
     contender = one.contender
     assert contender is not None

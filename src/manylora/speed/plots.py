@@ -74,12 +74,13 @@ def draw_mode(rows: Sequence[Raw], shape: Shape, mode: str) -> Figure:
                 _draw_roofline(axis, points, field, shape)
             axis.set_ylabel(title if column == 0 else "")
             axis.set_xlabel(label)
-            axis.set_ylim(bottom=0)
             axis.set_xticks(sorted({r[field] for r in points} - {0}))
             axis.grid(alpha=0.25)
         fixed = {"n": f"r = {R}", "r": f"N = {N}", "tokens": f"r = {R}, N = {N}"}[field]
         here = "" if field == "tokens" or not points else f", {points[0]['tokens']} tokens"
         axes[0][column].set_title(fixed + here, fontsize=10)
+    for line in axes:
+        line[0].set_ylim(bottom=0)
     found = {t: h for a in axes.flat for h, t in zip(*a.get_legend_handles_labels(), strict=True)}
     figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle(f"{rows[0]['device']}, {mode}, adapters in bf16, all seven linear layers")
