@@ -19,13 +19,10 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import hashlib
 import json
 import random
-import re
 import time
 import warnings
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -36,6 +33,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from here import about_here
 from kneed import KneeLocator
+from readings import READINGS, Row, as_read, load
 from sklearn.cluster import KMeans
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics import adjusted_rand_score
@@ -45,10 +43,8 @@ from manylora.discovery.discover import Documents, Found, discover
 from manylora.discovery.embeddings import embeddings
 from manylora.discovery.options import DiscoveryOptions
 
-READINGS = ("as_is", "paraphrased", "input_only")
 SIZES = (4, 8, 16)
 PLAIN_ROWS, PLAIN_K = 4000, 40
-Row = dict[str, str]
 
 
 def main() -> None:
@@ -110,7 +106,7 @@ def one(
     documents = [row for task in tasks for row in data[task]]
     if rows is not None:
         documents = random.Random(seed).sample(documents, min(rows, len(documents)))
-    texts = [READING[reading](row) for row in documents]
+    texts = [text(row, reading) for row in documents]
     owners = [row["task"] for row in documents]
     found = _discover(texts, owners, seed, features, model)
     several = {"plain": plain(texts, owners, seed)} if len(tasks) > 1 else {}
@@ -189,37 +185,9 @@ def columns(draw: str, reading: str, seed: int, owners: list[str], found: Found)
     )
 
 
-def load(folder: Path) -> dict[str, list[Row]]:
-    """Training rows by task, each with its paraphrased instruction (data/SOURCES.md's rule)."""
-    wordings = json.loads((folder / "paraphrases.json").read_text(encoding="utf-8"))
-    data: dict[str, list[Row]] = {}
-    for file in sorted((folder / "train").glob("*.jsonl")):
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        for row in rows:
-            row["paraphrase"] = paraphrase(row, wordings[file.stem])
-        data[file.stem] = rows
-    return data
-
-
-def paraphrase(row: Row, wording: dict[str, Any]) -> str:
-    templates = wording["train"]
-    if not templates:
-        return row["instruction"]
-    digest = hashlib.sha256((row["task"] + row["input"]).encode()).hexdigest()
-    template = str(templates[int(digest, 16) % len(templates)])
-    if wording["extract"] is None:
-        return template
-    match = re.match(wording["extract"], row["instruction"])
-    if match is None:
-        raise ValueError(f"{row['task']}: no slot in {row['instruction']!r}")
-    return template.replace("{slot}", match["slot"])
-
-
-READING: dict[str, Callable[[Row], str]] = {
-    "as_is": lambda row: f"{row['instruction']}\n{row['input']}".strip(),
-    "paraphrased": lambda row: f"{row['paraphrase']}\n{row['input']}".strip(),
-    "input_only": lambda row: row["input"],
-}
+def text(row: Row, reading: str) -> str:
+    """A row as one document."""
+    return "\n".join(as_read(row, reading)).strip()
 
 
 def markdown(draws: list[dict[str, Any]]) -> str:

@@ -1,0 +1,200 @@
+"""A part of docs/research.md: its data, its runs, its raw rows, its differences.
+
+    python benchmarks/research.py run 2-oracle-4 MULTITASK [--folder runs/research]
+    python benchmarks/research.py keep 2-oracle-4 [--folder runs/research]
+    python benchmarks/research.py show
+
+`run` goes on where it was stopped (the cells of a comparison are kept one by one). `keep` puts the
+rows of a part into benchmarks/results/research.parquet, and into research.json the device, the
+versions and the rates; `show` computes every difference of the page from those rows alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from here import commit
+from readings import Row, as_read, load
+from rich.console import Console
+
+from manylora.comparison.command import compare
+from manylora.comparison.intervals import differences
+from manylora.comparison.result import Difference
+from manylora.comparison.rows import Scores
+from manylora.recipe import Recipe, parse_recipe
+
+RESULTS = Path(__file__).parent / "results"
+ROWS, SAID = "research.parquet", "research.json"
+MOST_TRAINED, LEAST_HELD_OUT = 400, 100
+FOUR = ("code_bash", "legal_cuad", "math_gsm8k", "ner_wnut17")
+
+
+@dataclass(frozen=True)
+class Part:
+    """tasks: None is all. methods: names as `manylora compare` takes them, the reference first."""
+
+    methods: tuple[str, ...]
+    budget: str
+    epochs: float
+    tasks: tuple[str, ...] | None = None
+    reading: str = "as_is"
+    seeds: int = 3
+
+
+ORACLE = ("lora", "branch_per_cluster_shared", "branch_per_cluster")
+PARTS = {
+    "2-oracle-4": Part(ORACLE, "lora:r=16", epochs=3, tasks=FOUR),
+    "2-oracle-26": Part(ORACLE, "lora:r=48", epochs=1),
+}
+
+
+def run(name: str, multitask: Path, folder: Path, parallel: int, model: str | None) -> None:
+    part, console = PARTS[name], Console(stderr=True)
+    data = folder / "data" / name
+    write_data(multitask, data, part)
+    recipe = recipe_of(part, data, model)
+    compare(recipe, part.methods, part.budget, part.seeds, None, folder / name, parallel, console)
+
+
+def write_data(multitask: Path, folder: Path, part: Part) -> None:
+    """folder/train and folder/test, a file a task: what the part trains on, and is scored on."""
+    for split in ("train", "test"):
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        for task, rows in load(multitask, split).items():
+            if part.tasks is not None and task not in part.tasks:
+                continue
+            chosen = drawn(rows, MOST_TRAINED) if split == "train" else rows
+            lines = [json.dumps(asked(row, part.reading), ensure_ascii=False) for row in chosen]
+            (folder / split / f"{task}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def drawn(rows: list[Row], most: int) -> list[Row]:
+    """At most so many rows, by a hash of what they are, in the order of the file."""
+
+    def key(place: int) -> str:
+        row = rows[place]
+        return hashlib.sha256(
+            f"{row['instruction']}\n{row['input']}\n{row['output']}".encode()
+        ).hexdigest()
+
+    return [rows[place] for place in sorted(sorted(range(len(rows)), key=key)[:most])]
+
+
+def asked(row: Row, reading: str) -> Row:
+    """A row as the model sees it; one without an input keeps its instruction."""
+    instruction, text = as_read(row, reading)
+    if not instruction:
+        instruction, text = text or row["instruction"], ""
+    return {"instruction": instruction, "input": text, "output": row["output"]}
+
+
+def recipe_of(part: Part, data: Path, model: str | None = None) -> Recipe:
+    values: dict[str, Any] = {
+        "data": str(data),
+        "dtype": "bfloat16",
+        "max_length": 512,
+        "validation": 0.1,
+        "train": {"epochs": part.epochs, "batch_size": 16},
+        "evaluate": {"rows_per_task": 200, "batch_size": 64, "generate": False},
+    }
+    return parse_recipe(values if model is None else {**values, "model": model, "dtype": "float32"})
+
+
+def keep(name: str, folder: Path, results: Path) -> None:
+    """The rows of a part in the place of what was kept of it before."""
+    part = PARTS[name]
+    rows = pq.read_table(folder / name / "rows.parquet")
+    for column, value in (("part", name), ("reading", part.reading), ("epochs", part.epochs)):
+        rows = rows.append_column(column, pa.array([value] * rows.num_rows))
+    others = [table for table in _kept(results) if table["part"][0].as_py() != name]
+    pq.write_table(pa.concat_tables([*others, rows]), results / ROWS, compression="zstd")
+    said = json.loads((folder / name / "comparison.json").read_text(encoding="utf-8"))
+    path = results / SAID
+    whole = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    whole[name] = {"commit": commit(), **said}
+    path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+
+
+def _kept(results: Path) -> Iterator[pa.Table]:
+    """The kept rows, a table for each part."""
+    if not (results / ROWS).is_file():
+        return
+    rows = pq.read_table(results / ROWS)
+    for name in pc.unique(rows["part"]).to_pylist():
+        yield rows.filter(pc.equal(rows["part"], name))
+
+
+def counted(rows: pa.Table) -> Scores:
+    """The scores that the page's metric is made of: nats a token of each example, all examples
+    alike, of the tasks with enough of them."""
+    scores = Scores.of(rows)
+    tasks = [
+        replace(task, nll=task.nll / task.tokens, tokens=task.tokens * 0 + 1)
+        for task in scores.tasks
+        if len(task.examples) >= LEAST_HELD_OUT
+    ]
+    if not tasks:
+        raise ValueError(f"no task has {LEAST_HELD_OUT} held-out examples; none counts")
+    return replace(scores, tasks=tasks)
+
+
+def shown(results: Path) -> str:
+    """The differences of every part from its reference, as a Markdown table."""
+    lines = [
+        "| part | method | NLL, nats | separates | accuracy, points | separates |",
+        "|---|---|---:|---|---:|---|",
+    ]
+    for rows in _kept(results):
+        scores, part = counted(rows), rows["part"][0].as_py()
+        reference = scores.methods[0]
+        nll = differences(scores, reference, "nll")
+        right = differences(scores, reference, "correct")
+        for one, other in zip(nll, right, strict=True):
+            cells = [part, one.method, _interval(one, 1, ".3f"), _said(one)]
+            cells += [_interval(other, 100, ".1f"), _said(other)]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _interval(difference: Difference, times: float, form: str) -> str:
+    mean, low, high = (format(times * value, f"+{form}") for value in difference.value)
+    return f"{mean} ({low} to {high})"
+
+
+def _said(difference: Difference) -> str:
+    return "yes" if difference.separates else "no"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("verb", choices=("run", "keep", "show"))
+    parser.add_argument("part", nargs="?", choices=PARTS)
+    parser.add_argument("multitask", nargs="?", type=Path)
+    parser.add_argument("--folder", type=Path, default=Path("runs/research"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--parallel", type=int, default=0, help="runs on a GPU; default found out")
+    parser.add_argument("--model", help="another base model, in float32")
+    given = parser.parse_args()
+    if given.verb == "show":
+        print(shown(given.results))
+    elif given.part is None or (given.verb == "run" and given.multitask is None):
+        parser.error(f"{given.verb} needs a part" + " and MULTITASK" * (given.verb == "run"))
+    elif given.verb == "run":
+        run(given.part, given.multitask, given.folder, given.parallel, given.model)
+    else:
+        keep(given.part, given.folder, given.results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""benchmarks/research.py: the data it makes, and that its differences follow from the kept rows."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+
+from manylora.comparison.rows import SCHEMA
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def research(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("research")
+
+
+@pytest.fixture
+def multitask(tmp_path: Path) -> Path:
+    folder = tmp_path / "multitask"
+    wordings = {}
+    for task in ("sums", "names"):
+        wordings[task] = {"train": [f"{task} A", f"{task} B"], "test": [f"{task} C"]}
+        wordings[task]["extract"] = None  # type: ignore[assignment]
+        for split, count in (("train", 500), ("test", 7)):
+            (folder / split).mkdir(parents=True, exist_ok=True)
+            rows = [
+                {"task": task, "instruction": f"do {task}", "input": f"{split} {i}", "output": "x"}
+                for i in range(count)
+            ]
+            rows[0]["input"] = ""
+            lines = "\n".join(map(json.dumps, rows))
+            (folder / split / f"{task}.jsonl").write_text(lines, encoding="utf-8")
+    (folder / "paraphrases.json").write_text(json.dumps(wordings), encoding="utf-8")
+    return folder
+
+
+def written(folder: Path, split: str, task: str) -> list[dict[str, str]]:
+    lines = (folder / split / f"{task}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_a_task_trains_on_400_rows_drawn_by_what_they_are(
+    research: ModuleType, multitask: Path, tmp_path: Path
+) -> None:
+    part = research.Part(("lora",), "lora:r=1", 1, tasks=("sums",))
+    research.write_data(multitask, tmp_path / "one", part)
+    rows = written(tmp_path / "one", "train", "sums")
+    assert len(rows) == 400 and len(written(tmp_path / "one", "test", "sums")) == 7
+    assert not (tmp_path / "one" / "train" / "names.jsonl").exists()
+    # The order of the file changes nothing but the order.
+    file = multitask / "train" / "sums.jsonl"
+    file.write_text("\n".join(reversed(file.read_text().splitlines())), encoding="utf-8")
+    research.write_data(multitask, tmp_path / "two", part)
+    assert written(tmp_path / "two", "train", "sums") == rows[::-1]
+
+
+@pytest.mark.parametrize(
+    ("reading", "train", "test"),
+    [
+        ("as_is", {"do sums"}, {"do sums"}),
+        ("paraphrased", {"sums A", "sums B"}, {"sums C"}),
+        ("input_only", None, None),
+    ],
+)
+def test_a_reading_changes_what_is_asked_and_nothing_else(
+    research: ModuleType,
+    multitask: Path,
+    tmp_path: Path,
+    reading: str,
+    train: set[str] | None,
+    test: set[str] | None,
+) -> None:
+    part = research.Part(("lora",), "lora:r=1", 1, reading=reading)
+    research.write_data(multitask, tmp_path / "data", part)
+    for split, wanted in (("train", train), ("test", test)):
+        rows = written(tmp_path / "data", split, "sums")
+        if wanted is not None:
+            assert {row["instruction"] for row in rows} == wanted
+            assert {row["input"] for row in rows[1:]} >= {f"{split} 5"}
+        else:
+            asked = {row["instruction"] for row in rows}
+            assert "do sums" in asked  # the row without an input
+            assert all(one == "do sums" or one.startswith(split) for one in asked)
+            assert not any(row["input"] for row in rows)
+
+
+def test_examples_count_alike_and_small_tasks_do_not_count(
+    research: ModuleType, tmp_path: Path
+) -> None:
+    """Of 100 examples of 1 token and 100 of 9, B is 0.2 and 0 nats a token better: 0.1 in all."""
+    rows = []
+    for method, better in (("A", 0.0), ("B", 0.2)):
+        for seed in range(3):
+            for task, count in (("large", 200), ("small", 40)):
+                for i in range(count):
+                    tokens = 1 if i < 100 else 9
+                    noise = np.random.default_rng(i).normal() * 0.01
+                    nats = 2 + noise - (better if i < 100 or task == "small" else 0)
+                    row = (f"{method}{seed}", method, 1, 1e-3, seed, "test", task, f"{task}{i}")
+                    rows.append(
+                        dict(zip(SCHEMA.names, (*row, tokens, nats * tokens, True), strict=True))
+                    )
+    table = pa.Table.from_pylist(rows, schema=SCHEMA)
+    (tmp_path / "runs" / "2-oracle-4").mkdir(parents=True)
+    pq.write_table(table, tmp_path / "runs" / "2-oracle-4" / "rows.parquet")
+    (tmp_path / "runs" / "2-oracle-4" / "comparison.json").write_text('{"device": "none"}')
+    for _ in range(2):  # what is kept twice is there once
+        research.keep("2-oracle-4", tmp_path / "runs", tmp_path)
+    kept = pq.read_table(tmp_path / "research.parquet")
+    assert kept.num_rows == len(rows)
+    assert set(kept.column_names) == {*SCHEMA.names, "part", "reading", "epochs"}
+    assert [task.task for task in research.counted(kept).tasks] == ["large"]
+    line = research.shown(tmp_path).splitlines()[-1]
+    assert line.startswith("| 2-oracle-4 | B | -0.100 (") and "| yes |" in line
+
+
+def test_the_parts_of_the_page_are_those_that_can_be_run(research: ModuleType) -> None:
+    page = (ROOT / "docs" / "research.md").read_text(encoding="utf-8")
+    for name, part in research.PARTS.items():
+        assert f"| {name} |" in page
+        assert f"r = {part.budget.partition(':r=')[2]} with" in page
+
+
+def test_a_part_runs_from_files_to_kept_rows(
+    research: ModuleType,
+    multitask: Path,
+    tmp_path: Path,
+    tiny_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    part = research.Part(("lora", "branch_per_cluster_shared"), "lora:r=4", 1, seeds=1)
+    monkeypatch.setitem(research.PARTS, "2-oracle-4", part)
+    monkeypatch.setattr(research, "MOST_TRAINED", 20)
+    research.run("2-oracle-4", multitask, tmp_path / "runs", 1, str(tiny_folder))
+    research.keep("2-oracle-4", tmp_path / "runs", tmp_path)
+    rows = pq.read_table(tmp_path / "research.parquet")
+    tried = rows.filter(pc.equal(rows["stage"], "rate"))
+    assert len(pc.unique(tried["run"])) == 10  # five rates of each
+    scored = rows.filter(pc.equal(rows["stage"], "test"))
+    assert scored.num_rows == 2 * 2 * 7
+    assert max(rows["params"].to_pylist()) == rows["params"][0].as_py()  # none above the budget
+    assert (
+        json.loads((tmp_path / "research.json").read_text())["2-oracle-4"]["budget"] == "lora:r=4"
+    )
