@@ -33,7 +33,7 @@ def three_products(tokens: int, width: int) -> Callable[[], None]:
     x = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
     down = torch.randn(layout.block, width, device="cuda", dtype=torch.bfloat16)
     dz = torch.randn(tokens, layout.block, device="cuda", dtype=torch.bfloat16)
-    seed = torch.tensor([12345])
+    seed = torch.tensor([[12345]])
 
     def run() -> None:
         masks.down_product(x, down, layout, 0.05, seed)

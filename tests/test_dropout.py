@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 import manylora
 from loops import softmax
+from manylora.adapter import masks
+from manylora.adapter.mixing import Layout
+from manylora.methods import resolve
 from tiny import OneLayer, adapter_tensors, attach
 
 WIDTH, COUNT, P, TOKENS = 8, 3, 0.4, 500
@@ -146,6 +149,60 @@ def test_the_shared_branch_has_dropout_too(per_branch: bool) -> None:
         y = slots(model(torch.ones(TOKENS, WIDTH, dtype=torch.float64)))
     assert not y[1:].any()
     assert set(y[0].unique().tolist()) == {0.0, 1 / (1 - P)}
+
+
+class InMemory:
+    """What dropout_kernels.py offers, with the masks that masks.py would draw."""
+
+    @staticmethod
+    def _rows(A: Tensor, plain: tuple[int, int]) -> Tensor:
+        own = torch.zeros(len(A), 1, dtype=torch.bool)
+        own[slice(*plain)] = True
+        return own
+
+    def dropout_linear(
+        self, x: Tensor, A: Tensor, p: float, seed: int, plain: tuple[int, int], out: Tensor
+    ) -> None:
+        dropped = x * masks._mask(x, p, seed)
+        out.copy_(torch.where(self._rows(A, plain).T, x @ A.T, dropped @ A.T))
+
+    def dropout_linear_backward_A(
+        self, dz: Tensor, x: Tensor, p: float, seed: int, plain: tuple[int, int]
+    ) -> Tensor:
+        dropped = x * masks._mask(x, p, seed)
+        return torch.where(self._rows(dz.T, plain), dz.T @ x, dz.T @ dropped)
+
+    def dropout_linear_backward_x(
+        self, dz: Tensor, A: Tensor, p: float, seed: int, plain: tuple[int, int], onto: Any
+    ) -> Tensor:
+        own = self._rows(A, plain)
+        dx = dz @ (A * own) + (dz @ (A * ~own)) * masks._mask(dz @ A, p, seed)
+        return dx if onto is None else onto.add_(dx)
+
+
+@pytest.mark.parametrize("config", METHODS, ids=str)
+@pytest.mark.parametrize("padding", [0, 3])
+def test_layers_in_one_operation_reach_the_kernels_each_with_its_rows_and_seed(
+    config: dict[str, Any], padding: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    branches = resolve(r=2, num_branches=COUNT, **config)
+    layout = Layout.of(branches)
+    torch.manual_seed(0)
+    x = torch.randn(5, WIDTH, dtype=torch.float64)
+    rows = 3 * layout.block
+    down = torch.cat([torch.randn(rows, WIDTH), torch.zeros(padding, WIDTH)]).double()
+    dz = torch.cat([torch.randn(5, rows), torch.zeros(5, padding)], 1).double()
+    seed = torch.tensor([[11], [12], [13]])
+
+    def products() -> list[Tensor]:
+        z = masks.down_product(x, down, layout, P, seed)[:, :rows]
+        dP = masks.down_backward(dz, x, layout, P, seed)[:rows]
+        return [z, dP, masks.input_gradient(dz, down, layout, P, seed)]
+
+    in_memory = products()
+    monkeypatch.setattr(masks, "_kernels", lambda *given: InMemory())
+    for mine, kernels in zip(in_memory, products(), strict=True):
+        torch.testing.assert_close(kernels, mine, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("config", METHODS, ids=str)

@@ -46,7 +46,7 @@ def _kept(key, row, first, BT: tl.constexpr, BD: tl.constexpr, threshold):
 
 @triton.jit(do_not_specialize=["seed"])
 def _down(
-    x, A, z, T, seed: tl.int64, x_t, A_k, threshold, factor,
+    x, A, z, T, seed: tl.int64, x_t, A_k, z_t, threshold, factor,
     width: tl.constexpr, K: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
     BT: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -65,14 +65,14 @@ def _down(
         x_part *= _kept(seed, row, first, BT, BD, threshold).to(x_part.dtype)
         total = tl.dot(x_part, A_part, total, input_precision="ieee")
     z_part = tl.where(((k >= P0) & (k < P1))[None, :], plain, total * factor)
-    tl.store(z + row[:, None] * K + k[None, :], z_part, mask=live & rank)
+    tl.store(z + row[:, None] * z_t + k[None, :], z_part, mask=live & rank)
 
 
 @triton.jit(do_not_specialize=["seed"])
 def _to_x(
     dx, dz, A, T, seed: tl.int64, dz_t, A_k, threshold, factor,
     width: tl.constexpr, K: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
-    BT: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
+    BT: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     first = tl.program_id(1) * BD
@@ -93,7 +93,10 @@ def _to_x(
         total = tl.dot(dz_part, A_part, total, input_precision="ieee")
     kept = _kept(seed, row, first, BT, BD, threshold).to(tl.float32)
     there = dx + row[:, None] * width + j[None, :]
-    tl.store(there, total * factor * kept + plain, mask=live & inside)
+    total = total * factor * kept + plain
+    if ADD:
+        total += tl.load(there, mask=live & inside, other=0.0)
+    tl.store(there, total, mask=live & inside)
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -151,21 +154,27 @@ def dropout_mask(shape: tuple[int, int], p: float, seed: int, device: torch.devi
 
 
 def dropout_linear(
-    x: Tensor, A: Tensor, p: float, seed: int, plain: tuple[int, int] = (0, 0)
+    x: Tensor,
+    A: Tensor,
+    p: float,
+    seed: int,
+    plain: tuple[int, int] = (0, 0),
+    out: Tensor | None = None,
 ) -> Tensor:
-    """(mask * x / (1 - p)) A^T, (T, K) in x's dtype, contiguous.
+    """(mask * x / (1 - p)) A^T, (T, K) in x's dtype.
 
     Args:
         x: (T, in) in float32, float16 or bfloat16; rows of any stride, dense.
         A: (K, in), in x's dtype, dense rows; x is read once for every 128 of K.
         p, seed: as in `dropout_mask`.
         plain: rows of A from the first up to the second read x itself.
+        out: (T, K) to write to; rows of any stride, dense.
 
     Raises: ValueError where shapes, strides, dtypes, p or the seed do not fit.
     """
     (T, width), K = x.shape, len(A)
-    _check(x, x=(x, (T, width)), A=(A, (K, width)))
-    z = x.new_empty(T, K)
+    z = x.new_empty(T, K) if out is None else out
+    _check(x, x=(x, (T, width)), A=(A, (K, width)), out=(z, (T, K)))
     # As many tokens a program as leave about one program to each of 132 multiprocessors.
     BT = 64 if T > 4096 else 32 if T > 2048 else 16
     BK = _rank_tile(K)
@@ -173,29 +182,37 @@ def dropout_linear(
     BD = 256 // x.element_size() // max(1, BK // 64)
     _launch(
         _down, (triton.cdiv(T, BT), triton.cdiv(K, BK)), x, A, z, T, seed,
-        x.stride(0), A.stride(0), *_chance(p, seed), width, K, *plain, BT=BT, BD=BD, BK=BK,
+        x.stride(0), A.stride(0), z.stride(0), *_chance(p, seed), width, K, *plain,
+        BT=BT, BD=BD, BK=BK,
     )  # fmt: skip
     return z
 
 
 def dropout_linear_backward_x(
-    dz: Tensor, A: Tensor, p: float, seed: int, plain: tuple[int, int] = (0, 0)
+    dz: Tensor,
+    A: Tensor,
+    p: float,
+    seed: int,
+    plain: tuple[int, int] = (0, 0),
+    onto: Tensor | None = None,
 ) -> Tensor:
     """mask * (dz A) / (1 - p), (T, in) in dz's dtype, contiguous.
 
     Args:
         dz: (T, K), A: (K, in), of one dtype; rows of any stride, dense.
         p, seed, plain: those of the forward pass.
+        onto: (T, in), contiguous, that it is added to instead.
 
     Raises: as `dropout_linear`.
     """
     (T, K), width = dz.shape, A.shape[1]
-    _check(dz, dz=(dz, (T, K)), A=(A, (K, width)))
-    dx = dz.new_empty(T, width)
+    dx = dz.new_empty(T, width) if onto is None else onto
+    _check(dz, dz=(dz, (T, K)), A=(A, (K, width)), onto=(dx, (T, width)))
     BD, BK = 256 // dx.element_size(), min(128 // dx.element_size(), _rank_tile(K))
     _launch(
         _to_x, (triton.cdiv(T, 64), triton.cdiv(width, BD)), dx, dz, A, T, seed,
-        dz.stride(0), A.stride(0), *_chance(p, seed), width, K, *plain, BT=64, BD=BD, BK=BK,
+        dz.stride(0), A.stride(0), *_chance(p, seed), width, K, *plain,
+        BT=64, BD=BD, BK=BK, ADD=onto is not None,
     )  # fmt: skip
     return dx
 

@@ -135,7 +135,6 @@ class ManyLoraLayer(nn.Module, BaseTunerLayer):
         return (
             other._own_active() == [adapter]
             and not (other.disable_adapters or other.merged or other.quantization_backend)
-            and not (self.training and self.configs[adapter].lora_dropout)
             and self.training == other.training
             and self.branches[adapter] == other.branches[adapter]
             and self.scaling[adapter] == other.scaling[adapter]

@@ -1,7 +1,8 @@
 """The products with P, and dropout in them: its masks are drawn again from their seeds.
 
-A router reads x as it is. One mask serves all branches and the shared one, or, with N + 1 seeds,
-each branch has its own, as in the HydraLoRA authors' code, and the shared one the last. On a GPU,
+A router reads x as it is. Each layer has masks of its own: one for all branches and the shared one,
+or, with N + 1 seeds, one for each branch, as in the HydraLoRA authors' code, and the last for the
+shared one. On a GPU,
 in half precision and with one mask, no mask is ever written (dropout_kernels.py).
 """
 
@@ -20,14 +21,15 @@ from manylora.adapter.mixing import Layout, has_triton
 def down_product(
     x: Tensor, down: Tensor, layout: Layout, dropout: float, seed: Tensor | None
 ) -> Tensor:
-    """z = drop(x) P' (T, rows of P)."""
+    """z = drop(x) P' (T, rows of P). seed: (n, 1 or N + 1), a row for each layer that reads x."""
     if not dropout:
         return x @ down.t()
     assert seed is not None
-    if (kernels := _kernels(x, seed)) is not None:
-        z: Tensor = kernels.dropout_linear(x, down, dropout, int(seed), _plain(layout))
-        return z
     z = x.new_empty(x.shape[0], down.shape[0])
+    if (kernels := _kernels(x, seed)) is not None:
+        for rows, one in _layers(down, layout, seed):
+            kernels.dropout_linear(x, down[rows], dropout, one, _plain(layout), z[:, rows])
+        return z
     for rows, mask in _masked_rows(x, layout, dropout, seed):
         torch.mm(x if mask is None else x * mask, down[rows].t(), out=z[:, rows])
     return z
@@ -41,8 +43,11 @@ def down_backward(
         return dz.t() @ x
     assert seed is not None
     if (kernels := _kernels(x, seed)) is not None:
-        d: Tensor = kernels.dropout_linear_backward_A(dz, x, dropout, int(seed), _plain(layout))
-        return d
+        parts = [
+            kernels.dropout_linear_backward_A(dz[:, rows], x, dropout, one, _plain(layout))
+            for rows, one in _layers(dz.t(), layout, seed)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
     ddown = x.new_empty(dz.shape[1], x.shape[1])
     for rows, mask in _masked_rows(x, layout, dropout, seed):
         torch.mm(dz[:, rows].t(), x if mask is None else x * mask, out=ddown[rows])
@@ -57,8 +62,13 @@ def input_gradient(
         return dz @ down
     assert seed is not None
     if (kernels := _kernels(dz, seed)) is not None:
-        dx: Tensor = kernels.dropout_linear_backward_x(dz, down, dropout, int(seed), _plain(layout))
-        return dx
+        d: Tensor | None = None
+        for rows, one in _layers(down, layout, seed):
+            d = kernels.dropout_linear_backward_x(
+                dz[:, rows], down[rows], dropout, one, _plain(layout), d
+            )
+        assert d is not None
+        return d
     dx = dz.new_zeros(len(dz), down.shape[1])
     for rows, mask in _masked_rows(dx, layout, dropout, seed):
         d = dz[:, rows]
@@ -66,22 +76,33 @@ def input_gradient(
     return dx
 
 
+def _layers(down: Tensor, layout: Layout, seed: Tensor) -> Iterator[tuple[slice, int]]:
+    """Each layer's rows of P and the seed of its one mask; the last has what pads P too."""
+    last = len(seed) - 1
+    for j, (one,) in enumerate(seed.tolist()):
+        start = j * layout.block
+        yield slice(start, len(down) if j == last else start + layout.block), one
+
+
 def _masked_rows(
     x: Tensor, layout: Layout, dropout: float, seed: Tensor
 ) -> Iterator[tuple[slice, Tensor | None]]:
-    """Rows of the P of one layer, and the mask of what they read, scaled by 1 / (1 - p)."""
-    ends = [layout.rows_A] if len(seed) == 1 else list(accumulate(layout.ranks))
+    """Rows of P, and the mask of what they read, scaled by 1 / (1 - p)."""
     start = 0
-    for place, end in enumerate(ends):
-        mask = _mask(x, dropout, int(seed[place]))
-        yield slice(start, end), mask
-        start = end
-    if layout.logits:
-        yield slice(start, start + layout.logits), None
-        start += layout.logits
-    if layout.shared_rank:
-        own = mask if len(seed) == 1 else _mask(x, dropout, int(seed[-1]))
-        yield slice(start, start + layout.shared_rank), own
+    for own in seed.tolist():
+        ends = [layout.rows_A] if len(own) == 1 else list(accumulate(layout.ranks))
+        first = start
+        for place, end in enumerate(ends):
+            mask = _mask(x, dropout, own[place])
+            yield slice(start, first + end), mask
+            start = first + end
+        if layout.logits:
+            yield slice(start, start + layout.logits), None
+            start += layout.logits
+        if layout.shared_rank:
+            shared = mask if len(own) == 1 else _mask(x, dropout, own[-1])
+            yield slice(start, start + layout.shared_rank), shared
+            start += layout.shared_rank
 
 
 def _plain(layout: Layout) -> tuple[int, int]:
@@ -91,7 +112,7 @@ def _plain(layout: Layout) -> tuple[int, int]:
 
 def _kernels(x: Tensor, seed: Tensor) -> Any:
     half = x.dtype in (torch.float16, torch.bfloat16)
-    if not x.is_cuda or not half or len(seed) > 1 or not has_triton():
+    if not x.is_cuda or not half or seed.shape[1] > 1 or not has_triton():
         return None
     from manylora.adapter import dropout_kernels
 

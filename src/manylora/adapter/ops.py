@@ -70,7 +70,7 @@ def forward(
         biases: b_j (out_j) of dense layers; empty where they have none.
         down: P. ups: Q_j.
         weights: given mixing weights (T, n or 1, N). router: on A x, (n, N, rows of A).
-        seed: of dropout's masks, (1) or (N + 1) integers on the CPU. dropout: probability.
+        seed: of dropout's masks, (n, 1) or (n, N + 1) integers on the CPU. dropout: probability.
         layout: `mixing.Layout`, the same for all layers. scaling: s. shared_scaling: s0.
     """
     numbers = (layout, scaling, shared_scaling, dropout)

@@ -61,7 +61,7 @@ def run(
         [_up(t, branches).to(dtype) for t in tensors],
         weights,
         torch.stack([t["router"].to(dtype) for t in tensors]) if layout.gate == "Ax" else None,
-        _seeds(layout.branches + 1 if own_masks else 1) if dropout else None,
+        _seeds(len(layers), layout.branches + 1 if own_masks else 1) if dropout else None,
         layout.encode(),
         first.scaling[adapter],
         first.shared_scaling[adapter],
@@ -191,8 +191,9 @@ def _up(t: dict[str, Tensor], branches: Branches) -> Tensor:
     return torch.cat([up, t["shared_B"]], 1) if branches.shared_rank else up
 
 
-def _seeds(count: int) -> Tensor:
-    return torch.randint(2**62, (count,))
+def _seeds(layers: int, masks: int) -> Tensor:
+    """In the order in which the layers would draw them one by one."""
+    return torch.randint(2**62, (layers, masks))
 
 
 def _weights(
