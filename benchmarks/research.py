@@ -23,24 +23,31 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from here import commit
-from readings import Row, as_read, load
+from readings import READINGS, Row, as_read, load
 from rich.console import Console
 
 from manylora.comparison.command import compare
+from manylora.comparison.ground import Choice
 from manylora.comparison.intervals import differences
 from manylora.comparison.result import Difference
-from manylora.comparison.rows import Scores
+from manylora.comparison.rows import TEST_STAGE, Scores
 from manylora.recipe import Recipe, parse_recipe
 
 RESULTS = Path(__file__).parent / "results"
 ROWS, SAID = "research.parquet", "research.json"
 MOST_TRAINED, LEAST_HELD_OUT = 400, 100
+# random.Random(0).sample of the 23 tasks with 100 held-out examples, sorted by name
+LEFT_OUT = ("math_gsm8k", "med_medquad", "code_bash", "instr_dolly", "qa_arc", "nli_mnli")
 FOUR = ("code_bash", "legal_cuad", "math_gsm8k", "ner_wnut17")
 
 
 @dataclass(frozen=True)
 class Part:
-    """tasks: None is all. methods: names as `manylora compare` takes them, the reference first."""
+    """tasks: None is all. methods: names as `manylora compare` takes them, the reference first.
+
+    clusters: those that discovery finds take the place of the tasks in training. left_out: tasks
+    that are scored without being trained on.
+    """
 
     methods: tuple[str, ...]
     budget: str
@@ -48,6 +55,9 @@ class Part:
     tasks: tuple[str, ...] | None = None
     reading: str = "as_is"
     seeds: int = 3
+    clusters: bool = False
+    choice: Choice = "told"
+    left_out: tuple[str, ...] = ()
 
 
 ORACLE = ("lora", "branch_per_cluster_shared", "branch_per_cluster")
@@ -55,26 +65,55 @@ PARTS = {
     "2-oracle-4": Part(ORACLE, "lora:r=16", epochs=3, tasks=FOUR),
     "2-oracle-26": Part(ORACLE, "lora:r=48", epochs=1),
 }
+PARTS |= {
+    f"3-clusters-{reading}": Part(
+        ORACLE[:2],
+        "lora:r=48",
+        epochs=1,
+        reading=reading,
+        clusters=True,
+        choice="selector",
+        left_out=LEFT_OUT,
+    )
+    for reading in READINGS
+}
 
 
 def run(name: str, multitask: Path, folder: Path, parallel: int, model: str | None) -> None:
     part, console = PARTS[name], Console(stderr=True)
     data = folder / "data" / name
     write_data(multitask, data, part)
-    recipe = recipe_of(part, data, model)
-    compare(recipe, part.methods, part.budget, part.seeds, None, folder / name, parallel, console)
+    compare(
+        recipe_of(part, data, model),
+        part.methods,
+        part.budget,
+        part.seeds,
+        None,
+        folder / name,
+        parallel,
+        console,
+        choice=part.choice,
+        unseen=data / "unseen" if part.left_out else None,
+    )
 
 
 def write_data(multitask: Path, folder: Path, part: Part) -> None:
-    """folder/train and folder/test, a file a task: what the part trains on, and is scored on."""
+    """folder/train, test and unseen, a file a task: what the part trains on, and is scored on."""
     for split in ("train", "test"):
-        (folder / split).mkdir(parents=True, exist_ok=True)
         for task, rows in load(multitask, split).items():
             if part.tasks is not None and task not in part.tasks:
                 continue
             chosen = drawn(rows, MOST_TRAINED) if split == "train" else rows
-            lines = [json.dumps(asked(row, part.reading), ensure_ascii=False) for row in chosen]
-            (folder / split / f"{task}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            if task not in part.left_out:
+                _write(folder / split / f"{task}.jsonl", chosen, part.reading)
+            elif split == "test":
+                _write(folder / "unseen" / f"{task}.jsonl", chosen, part.reading)
+
+
+def _write(path: Path, rows: list[Row], reading: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(asked(row, reading), ensure_ascii=False) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def drawn(rows: list[Row], most: int) -> list[Row]:
@@ -106,6 +145,8 @@ def recipe_of(part: Part, data: Path, model: str | None = None) -> Recipe:
         "train": {"epochs": part.epochs, "batch_size": 16},
         "evaluate": {"rows_per_task": 200, "batch_size": 64, "generate": False},
     }
+    if part.clusters:
+        values["tasks"] = "discovered"
     return parse_recipe(values if model is None else {**values, "model": model, "dtype": "float32"})
 
 
@@ -133,10 +174,11 @@ def _kept(results: Path) -> Iterator[pa.Table]:
         yield rows.filter(pc.equal(rows["part"], name))
 
 
-def counted(rows: pa.Table) -> Scores:
+def counted(rows: pa.Table, stage: str = "test") -> Scores:
     """The scores that the page's metric is made of: nats a token of each example, all examples
-    alike, of the tasks with enough of them."""
-    scores = Scores.of(rows)
+    alike, of the tasks with enough of them. stage: test, or unseen."""
+    rows = rows.filter(pc.equal(rows["stage"], stage)).drop_columns("stage")
+    scores = Scores.of(rows.append_column("stage", pa.array([TEST_STAGE] * rows.num_rows)))
     tasks = [
         replace(task, nll=task.nll / task.tokens, tokens=task.tokens * 0 + 1)
         for task in scores.tasks
@@ -150,19 +192,26 @@ def counted(rows: pa.Table) -> Scores:
 def shown(results: Path) -> str:
     """The differences of every part from its reference, as a Markdown table."""
     lines = [
-        "| part | method | NLL, nats | separates | accuracy, points | separates |",
-        "|---|---|---:|---|---:|---|",
+        "| part | tasks | method | NLL, nats | separates | accuracy, points | separates |",
+        "|---|---|---|---:|---|---:|---|",
     ]
     for rows in _kept(results):
-        scores, part = counted(rows), rows["part"][0].as_py()
-        reference = scores.methods[0]
-        nll = differences(scores, reference, "nll")
-        right = differences(scores, reference, "correct")
-        for one, other in zip(nll, right, strict=True):
-            cells = [part, one.method, _interval(one, 1, ".3f"), _said(one)]
-            cells += [_interval(other, 100, ".1f"), _said(other)]
-            lines.append(f"| {' | '.join(cells)} |")
+        for stage in ("test", "unseen"):
+            if stage in pc.unique(rows["stage"]).to_pylist():
+                lines += _differences(rows, stage)
     return "\n".join(lines)
+
+
+def _differences(rows: pa.Table, stage: str) -> list[str]:
+    scores, part = counted(rows, stage), rows["part"][0].as_py()
+    nll, right = (differences(scores, scores.methods[0], m) for m in ("nll", "correct"))
+    which = "trained on" if stage == "test" else "left out"
+    lines = []
+    for one, other in zip(nll, right, strict=True):
+        cells = [part, which, one.method, _interval(one, 1, ".3f"), _said(one)]
+        cells += [_interval(other, 100, ".1f"), _said(other)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def _interval(difference: Difference, times: float, form: str) -> str:

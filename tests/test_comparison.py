@@ -16,9 +16,10 @@ from rich.console import Console
 from manylora.base import load_model
 from manylora.comparison import grid as grids
 from manylora.comparison import side_by_side
-from manylora.comparison.cell import Cell, prepare_ground, run_cell, steps_of
+from manylora.comparison.cell import Cell, run_cell, steps_of
 from manylora.comparison.command import compare
 from manylora.comparison.contenders import contenders
+from manylora.comparison.ground import prepare_ground
 from manylora.comparison.result import Comparison
 from manylora.comparison.store import CellStore, key_of
 from manylora.recipe import Recipe, parse_recipe

@@ -94,6 +94,16 @@ def test_a_reading_changes_what_is_asked_and_nothing_else(
             assert not any(row["input"] for row in rows)
 
 
+def test_a_task_that_is_left_out_is_scored_and_not_trained_on(
+    research: ModuleType, multitask: Path, tmp_path: Path
+) -> None:
+    part = research.Part(("lora",), "lora:r=1", 1, left_out=("names",))
+    research.write_data(multitask, tmp_path / "data", part)
+    found = {str(file.relative_to(tmp_path / "data")) for file in tmp_path.glob("data/*/*")}
+    assert found == {"train/sums.jsonl", "test/sums.jsonl", "unseen/names.jsonl"}
+    assert len(written(tmp_path / "data", "unseen", "names")) == 7
+
+
 def test_examples_count_alike_and_small_tasks_do_not_count(
     research: ModuleType, tmp_path: Path
 ) -> None:
@@ -121,7 +131,7 @@ def test_examples_count_alike_and_small_tasks_do_not_count(
     assert set(kept.column_names) == {*SCHEMA.names, "part", "reading", "epochs"}
     assert [task.task for task in research.counted(kept).tasks] == ["large"]
     line = research.shown(tmp_path).splitlines()[-1]
-    assert line.startswith("| 2-oracle-4 | B | -0.100 (") and "| yes |" in line
+    assert line.startswith("| 2-oracle-4 | trained on | B | -0.100 (") and "| yes |" in line
 
 
 def test_the_parts_of_the_page_are_those_that_can_be_run(research: ModuleType) -> None:

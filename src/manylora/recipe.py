@@ -69,7 +69,8 @@ class Recipe(Strict):
     """A whole run. Paths are relative to the working directory.
 
     tasks: those that the data name; "discovered", clusters of the training rows' prompts instead;
-    or the clusters of a folder that `manylora discover` wrote.
+    or the clusters of a folder that `manylora discover` wrote. leave_out: those of them that the
+    run is to do without.
     """
 
     model: str = DEFAULT_MODEL
@@ -79,6 +80,7 @@ class Recipe(Strict):
     data: Data
     fields: Fields = Fields()
     tasks: str = "named"
+    leave_out: list[str] = Field(default_factory=list)
     discovery: DiscoveryOptions = DiscoveryOptions()
     on_bad_row: Literal["refuse", "skip"] = "refuse"
     holdout: float = Field(0.1, gt=0, lt=1)

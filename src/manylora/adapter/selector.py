@@ -116,6 +116,11 @@ class BranchSelector:
             [*self.names, *names],
         )
 
+    @property
+    def size(self) -> int:
+        """How many numbers it stores."""
+        return sum(int(getattr(self, name).numel()) for name in _TENSORS)
+
     def select(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """Branch ids (batch,) for prompts (batch, tokens); mask is true where a prompt's token is.
 

@@ -52,6 +52,13 @@ def compare(
     energy: Annotated[
         bool, typer.Option("--energy", help="Measure each run's with CodeCarbon.")
     ] = False,
+    branches: Annotated[
+        Literal["told", "selector"],
+        typer.Option(help="Who says which branch: the row's task, or a selector from the prompt."),
+    ] = "told",
+    unseen: Annotated[
+        Path | None, typer.Option(help="Tasks to score without training on them.")
+    ] = None,
 ) -> None:
     """Methods at equal parameters, each at its best rate, over seeds, with intervals."""
     from manylora.comparison.command import PAGE_FILE, compare, rate_of
@@ -69,6 +76,8 @@ def compare(
         parallel,
         console,
         energy,
+        branches,
+        unseen,
     )
     Console(highlight=False).print(found.verdict, markup=False, soft_wrap=True)
     console.print(

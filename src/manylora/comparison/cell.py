@@ -11,31 +11,31 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
 import torch
 from peft import PeftModel, get_peft_model
-from rich.console import Console
 from torch import nn
-from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
+from transformers import PrinterCallback, set_seed
 
-from manylora.adapter.config import ManyLoraConfig
 from manylora.adapter.ids import branch_ids
-from manylora.base import load_model, load_tokenizer
+from manylora.base import load_model
 from manylora.comparison.contenders import Contender, for_steps
+from manylora.comparison.ground import Ground
 from manylora.comparison.reading import read, sums_by_row
 from manylora.comparison.rows import SCHEMA
+from manylora.comparison.site import needs_ids
 from manylora.comparison.trainer import CellTrainer, has_own_tokens, prepared
-from manylora.corpus import Collator, Corpus, DrawOrder, Encoder, Rows, dataset_of
+from manylora.corpus import DrawOrder, Rows, dataset_of
 from manylora.energy import energy_meter
+from manylora.inspect import full_update
 from manylora.precision import autocast
 from manylora.recipe import Recipe
 from manylora.run import device_name, peak_memory, versions
 from manylora.train import training_arguments
-from manylora.training.clusters import settle
 from manylora.training.out_of_memory import Batch
-from manylora.training.prepare import fitting, read_corpus
 from manylora.training.validation import eval_mode
 
 Stage = Literal["rate", "test"]
@@ -51,64 +51,19 @@ class Cell:
     stage: Stage
 
 
-@dataclass(frozen=True)
-class Ground:
-    """What all cells share: the recipe, its rows, and how they are encoded.
-
-    train, validation, test: rows that fit max_length, by task; of the scored ones at most
-    evaluate.rows_per_task.
-    """
-
-    recipe: Recipe
-    content: str
-    tokenizer: PreTrainedTokenizerBase
-    encoder: Encoder
-    tasks: list[str]
-    train: dict[str, Rows]
-    validation: dict[str, Rows]
-    test: dict[str, Rows]
-
-
-def prepare_ground(recipe: Recipe, console: Console) -> Ground:
-    """Read the recipe's rows; ValueError when it keeps no validation rows to tune the rates on."""
-    most = recipe.evaluate.rows_per_task
-    if most < 2:
-        raise ValueError(
-            f"evaluate.rows_per_task={most}: a comparison scores held-out rows; give 2 or more"
-        )
-    if not recipe.validation:
-        raise ValueError(
-            "a comparison tunes each method's learning rate on validation rows; set "
-            "validation=0.1, the share of the training rows that is kept apart for it"
-        )
-    settled = settle(recipe, read_corpus(recipe, console), console)
-    corpus: Corpus = settled.corpus
-    tokenizer = load_tokenizer(recipe.model)
-    encoder = Encoder(tokenizer, recipe.max_length)
-
-    def fit(split: dict[str, Rows], most: int | None = None) -> dict[str, Rows]:
-        rows = {task: fitting(task, own, encoder, console) for task, own in split.items()}
-        return rows if most is None else {task: own.spread(most) for task, own in rows.items()}
-
-    return Ground(
-        settled.recipe,
-        corpus.content,
-        tokenizer,
-        encoder,
-        corpus.tasks,
-        fit(corpus.train),
-        fit(corpus.validation, most),
-        fit(corpus.test, most),
-    )
-
-
 def run_cell(
-    ground: Ground, cell: Cell, name: str, parallel: int = 1, energy: bool = False
+    ground: Ground,
+    cell: Cell,
+    name: str,
+    parallel: int = 1,
+    energy: bool = False,
+    keep: Path | None = None,
 ) -> tuple[dict[str, Any], pa.Table]:
     """Train and score; returns what the run took, and a row for each scored example.
 
     name: of the run, as the rows carry it. parallel: how many run side by side, this one included.
-    energy: whether its energy is measured (training alone).
+    energy: whether its energy is measured (training alone). keep: a folder for what a full
+    fine-tuning that is scored on held-out rows changed (inspect/full_update.py).
     """
     started = time.perf_counter()
     recipe = ground.recipe
@@ -119,15 +74,21 @@ def run_cell(
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         model.to("cuda")
-    use_ids = _uses_ids(cell.contender)
+    use_ids = needs_ids(cell.contender.config)
     device: Any = next(model.parameters()).device
     meter = energy_meter(device, parallel=parallel) if energy else None
     with meter or nullcontext():
         steps, loss = _train(ground, recipe, model, use_ids)
     trained = time.perf_counter() - started
-    rows = ground.validation if cell.stage == "rate" else ground.test
+    scored = {"rate": ground.validation}
+    if cell.stage == "test":
+        scored = {"test": ground.test, "unseen": ground.unseen}
     with autocast(recipe.train.precision, device):
-        table = score_rows(ground, model, rows, use_ids)
+        table = [
+            {"stage": stage, **row}
+            for stage, rows in scored.items()
+            for row in score_rows(ground, model, rows, use_ids)
+        ]
     summary = {
         "method": cell.contender.name,
         "params": cell.contender.params,
@@ -142,14 +103,16 @@ def run_cell(
         "device": device_name(device),
         "versions": versions(),
         "energy": None if meter is None else asdict(meter.energy),
+        "full_update": None,
     }
+    if keep is not None and cell.contender.config is None and cell.stage == "test":
+        summary["full_update"] = _keep_update(recipe, model, keep)
     same = {
         "run": name,
         "method": cell.contender.name,
         "params": cell.contender.params,
         "lr": cell.lr,
         "seed": cell.seed,
-        "stage": cell.stage,
     }
     return summary, pa.Table.from_pylist([same | row for row in table], schema=SCHEMA)
 
@@ -171,9 +134,15 @@ def _model(recipe: Recipe, contender: Contender, steps: int) -> nn.Module:
     return get_peft_model(base, for_steps(contender.config, steps))
 
 
-def _uses_ids(contender: Contender) -> bool:
-    config = contender.config
-    return isinstance(config, ManyLoraConfig) and config.branches_of().needs_ids
+def _keep_update(recipe: Recipe, model: nn.Module, folder: Path) -> str:
+    """The name of the file of a full fine-tuning's update, or why it has none.
+
+    The weights that it began with are read again, so that training does not hold them.
+    """
+    try:
+        return full_update.save(folder, recipe.model, model).name
+    except full_update.DivergedError as error:
+        return str(error)  # a rate that is too high is a result of the comparison
 
 
 def _train(ground: Ground, recipe: Recipe, model: Any, use_ids: bool) -> tuple[int, float]:
@@ -187,7 +156,7 @@ def _train(ground: Ground, recipe: Recipe, model: Any, use_ids: bool) -> tuple[i
         model=model,
         args=training_arguments(recipe, batch, device),
         train_dataset=dataset_of(ground.train, ground.tasks, ground.encoder),
-        data_collator=Collator(int(ground.tokenizer.pad_token_id)),
+        data_collator=ground.collator(),
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
@@ -204,13 +173,15 @@ def score_rows(
     eval_mode(model)
     before_text = isinstance(model, PeftModel) and has_own_tokens(model)
     device = next(model.parameters()).device
-    collate = Collator(int(ground.tokenizer.pad_token_id))
+    collate = ground.collator()
     found = []
     for task, own in rows.items():
-        data = dataset_of({task: own}, ground.tasks, ground.encoder)
+        data = dataset_of({task: own}, [task], ground.encoder)
         order = sorted(range(len(own)), key=lambda i: int(own.sizes[i]))
         for places in _batches(order, ground.recipe.evaluate.batch_size):
             batch = collate([data[i] for i in places])
+            if ground.selector is None:
+                batch["task_ids"].fill_(ground.task_id(task))
             ids = batch["task_ids"]
             on_device = {k: v.to(device) for k, v in batch.items() if k != "sources"}
             inputs, _ = prepared(on_device, False, before_text)

@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 from manylora.base import load_model
-from manylora.comparison.cell import Ground, prepare_ground
 from manylora.comparison.contenders import Contender, contenders
 from manylora.comparison.grid import Grid
+from manylora.comparison.ground import Choice, Ground, prepare_ground
 from manylora.comparison.intervals import differences, summarise
 from manylora.comparison.result import (
     COMPARISON_FILE,
@@ -47,6 +47,8 @@ def compare(
     parallel: int,
     console: Console,
     energy: bool = False,
+    choice: Choice = "told",
+    unseen: Path | None = None,
 ) -> Comparison:
     """Run what of the comparison has not been run, and write what it says to `output`.
 
@@ -59,6 +61,10 @@ def compare(
         rate: one learning rate for all; None tunes it for each.
         parallel: runs side by side; 0 finds out.
         energy: measure each run's with CodeCarbon.
+        choice: whether methods with a branch for each task are told it, or choose it from the
+            prompt by a selector, whose numbers count.
+        unseen: data of tasks that are scored without being trained on; their rows are in the table,
+            of stage "unseen", and in no figure.
 
     Raises ValueError for methods or a budget that cannot be, CorpusError for the data.
     """
@@ -66,10 +72,11 @@ def compare(
         raise ValueError(f"seeds={seeds}: at least one run of each method is needed")
     if energy:
         require_codecarbon()
-    ground = prepare_ground(recipe.resolved(), console)
+    ground = prepare_ground(recipe.resolved(), console, choice, unseen)
     base = load_model(recipe.model, recipe.dtype, recipe.quantize)
     adapter = recipe.adapter.model_dump(exclude_unset=True)
-    params, found = contenders(methods, budget, base, len(ground.tasks), adapter)
+    numbers = 0 if ground.selector is None else ground.selector.size
+    params, found = contenders(methods, budget, base, len(ground.tasks), adapter, numbers)
     del base
     for contender in found:
         console.print(
@@ -217,7 +224,10 @@ def _settings(ground: Ground, grid: Grid) -> dict[str, Any]:
         if tuned
         else "one for all, as given",
         "energy": _how_energy(grid),
-        "tasks": "methods that choose a branch by task are told it",
+        "tasks": "methods that choose a branch by task are told it"
+        if ground.selector is None
+        else f"methods with a branch for each task choose it from the prompt, by a selector of "
+        f"{ground.selector.size:,} numbers, which count",
         "versions": "; ".join(
             ", ".join(f"{name} {number}" for name, number in seen.items())
             for seen in _seen(grid, "versions")

@@ -61,7 +61,12 @@ class Contender:
 
 
 def contenders(
-    names: Sequence[str], budget: str, base: PreTrainedModel, tasks: int, adapter: dict[str, Any]
+    names: Sequence[str],
+    budget: str,
+    base: PreTrainedModel,
+    tasks: int,
+    adapter: dict[str, Any],
+    selector: int = 0,
 ) -> tuple[int, list[Contender]]:
     """The budget in parameters, and the methods in the order of their names.
 
@@ -72,13 +77,14 @@ def contenders(
         base: only its class and configuration are read.
         tasks: branches of the methods that choose their branch by task.
         adapter: what the recipe's adapter says, its defaults left out; of it, `FOR_ALL` counts.
+        selector: numbers that the selector stores which chooses the branch, if it is not told.
 
     Raises ValueError for a name, field or value that is not known or does not fit.
     """
     chosen = _for_all(adapter)
     selection = {"target_modules": "all-linear"}
     selection |= {key: value for key, value in chosen.items() if key in SELECTION}
-    site = Site.of(base, tasks, selection)
+    site = Site.of(base, tasks, selection, selector)
     chosen = {**chosen, **selection}
     twice = [name for place, name in enumerate(names) if name in names[:place]]
     if twice or not names:

@@ -20,8 +20,9 @@ import pyarrow.compute as pc
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from manylora.comparison.cell import Cell, Ground, run_cell
+from manylora.comparison.cell import Cell, run_cell
 from manylora.comparison.contenders import Contender
+from manylora.comparison.ground import Ground
 from manylora.comparison.result import RatePoint
 from manylora.comparison.side_by_side import at_once, gpus, run_side_by_side
 from manylora.comparison.store import CellStore, key_of
@@ -117,7 +118,7 @@ class Grid:
 
     def _run_here(self, cell: Cell) -> dict[str, Any]:
         key = self.keys[cell]
-        summary, rows = run_cell(self.ground, cell, key, 1, self.energy)
+        summary, rows = run_cell(self.ground, cell, key, 1, self.energy, self.store.beside(key))
         self.store.write(key, summary, rows)
         return summary
 

@@ -20,7 +20,8 @@ from joblib.externals.loky import ProcessPoolExecutor
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
-from manylora.comparison.cell import Cell, Ground, prepare_ground, run_cell
+from manylora.comparison.cell import Cell, run_cell
+from manylora.comparison.ground import Choice, Ground, prepare_ground
 from manylora.comparison.store import CellStore, key_of
 from manylora.recipe import Recipe
 
@@ -93,20 +94,31 @@ def _pool(gpu: str, ground: Ground, store: CellStore, parallel: int, energy: boo
     return ProcessPoolExecutor(
         parallel,
         initializer=_begin,
-        initargs=(ground.recipe, store.folder.parent, parallel, energy),
+        initargs=(
+            *(ground.recipe, ground.choice, ground.unseen_data),
+            *(store.folder.parent, parallel, energy),
+        ),
         env=environment,
     )
 
 
-def _begin(recipe: Recipe, folder: Path, parallel: int, energy: bool) -> None:
+def _begin(
+    recipe: Recipe,
+    choice: Choice,
+    unseen: Path | None,
+    folder: Path,
+    parallel: int,
+    energy: bool,
+) -> None:
     # loky leaves its own way of starting processes here, which torch's data loader does not know.
     multiprocessing.set_start_method(None, force=True)
     disable_progress_bar()
-    ground = prepare_ground(recipe, Console(quiet=True))
+    ground = prepare_ground(recipe, Console(quiet=True), choice, unseen)
     _here.append(_Process(ground, CellStore(folder), parallel, energy))
 
 
 def _run_there(cell: Cell) -> None:
     own = _here[0]
     key = key_of(own.ground, cell)
-    own.store.write(key, *run_cell(own.ground, cell, key, own.parallel, own.energy))
+    beside = own.store.beside(key)
+    own.store.write(key, *run_cell(own.ground, cell, key, own.parallel, own.energy, beside))

@@ -1,4 +1,4 @@
-"""Finished cells on disk: DIR/cells/KEY.json and KEY.parquet.
+"""Finished cells on disk: DIR/cells/KEY.json and KEY.parquet, and KEY/ for what else is kept.
 
 KEY is a hash of the data, the recipe and the method, so a cell is run once however often the
 comparison is started, and never mistaken for another. Each says on what device and with what
@@ -17,20 +17,25 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from manylora.comparison.cell import Cell, Ground
+from manylora.comparison.cell import Cell
+from manylora.comparison.ground import Ground
 from manylora.training.checkpoints import write_atomically
 
 FORMAT = 1
 # What a cell's result does not depend on.
 _NOT_IN_A_KEY = {"output", "adapter", "start_from", "data"}
+_NOT_IN_TRAINING = {
+    *("learning_rate", "checkpoint_every", "report_to", "workers", "log_every"),
+    "energy",
+}
 
 
 def key_of(ground: Ground, cell: Cell) -> str:
-    recipe = ground.recipe.model_dump(mode="json", exclude=_NOT_IN_A_KEY)
+    # Keys of cells from before there was leave_out are what they were.
+    nothing = set() if ground.recipe.leave_out else {"leave_out"}
+    recipe = ground.recipe.model_dump(mode="json", exclude=_NOT_IN_A_KEY | nothing)
     recipe["train"] = {
-        name: value
-        for name, value in recipe["train"].items()
-        if name not in ("learning_rate", "checkpoint_every", "report_to", "workers", "log_every")
+        name: value for name, value in recipe["train"].items() if name not in _NOT_IN_TRAINING
     }
     config = cell.contender.config
     values = [
@@ -40,6 +45,7 @@ def key_of(ground: Ground, cell: Cell) -> str:
         cell.contender.name,
         None if config is None else config.to_dict() | {"peft_version": None},
         [cell.lr, cell.seed, cell.stage],
+        *([] if ground.choice == "told" else [ground.choice]),
     ]
     text = json.dumps(values, sort_keys=True, default=_plain)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -54,6 +60,10 @@ class CellStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "cells"
+
+    def beside(self, key: str) -> Path:
+        """A folder for what a cell keeps besides its rows: what a full fine-tuning changed."""
+        return self.folder / key
 
     def summary(self, key: str) -> dict[str, Any] | None:
         """What the run of a finished cell took; None when it has not finished."""

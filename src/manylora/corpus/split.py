@@ -6,7 +6,7 @@ the order of the file does not matter, and the same seed gives the same split.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -39,6 +39,22 @@ class Corpus:
     @property
     def tasks(self) -> list[str]:
         return list(self.train)
+
+    def without(self, tasks: Sequence[str]) -> Corpus:
+        """The corpus less the rows of some tasks; CorpusError for one that is none, or for all."""
+        if unknown := sorted(set(tasks) - set(self.train)):
+            raise CorpusError(
+                f"leave_out names {', '.join(unknown)}, and the tasks are {', '.join(self.train)}."
+            )
+        if not set(self.train) - set(tasks):
+            raise CorpusError(f"leave_out={list(tasks)} leaves no task to train on.")
+
+        def kept(split: dict[str, Rows]) -> dict[str, Rows]:
+            return {task: rows for task, rows in split.items() if task not in tasks}
+
+        return replace(
+            self, train=kept(self.train), test=kept(self.test), validation=kept(self.validation)
+        )
 
 
 @dataclass(frozen=True)

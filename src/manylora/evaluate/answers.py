@@ -25,12 +25,16 @@ Model = PreTrainedModel | PeftModel
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A prompt and possible answers as token ids (each at least one token); gold: the right one."""
+    """A prompt and possible answers as token ids (each at least one token); gold: the right one.
+
+    shown: its place among the examples of its task whose routing a meter keeps token by token.
+    """
 
     prompt: list[int]
     answers: list[list[int]]
     gold: int
     task_id: int
+    shown: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +79,8 @@ def _score(
 ) -> list[list[AnswerScore]]:
     ids, mask, positions = left_padded([q.prompt for q in questions], pad, model.device)
     tasks = torch.tensor([q.task_id for q in questions])
-    with _watched(meter, mask, tasks), _ids(model, tasks, use_ids):
+    shown = [q.shown for q in questions]
+    with _watched(meter, mask, tasks, ids, shown), _ids(model, tasks, use_ids):
         read = model(
             input_ids=ids,
             attention_mask=mask,
@@ -94,11 +99,16 @@ def _score(
         real = torch.tensor([[i < len(a) - 1 for i in range(width)] for a in answers])
         real = real.to(mask)
         gold = torch.tensor([i == q.gold for q in questions for i in range(count)])
-        tasks = tasks.repeat_interleave(count)
+        tasks, more = tasks.repeat_interleave(count), more.to(ids)
         start = mask.sum(1, keepdim=True).repeat_interleave(count, 0)
-        with _watched(meter, real * gold[:, None].to(real), tasks), _ids(model, tasks, use_ids):
+        counted = real * gold[:, None].to(real)
+        shown = [q.shown if i == q.gold else None for q in questions for i in range(count)]
+        with (
+            _watched(meter, counted, tasks, more, shown),
+            _ids(model, tasks, use_ids),
+        ):
             rest = model(
-                input_ids=more.to(ids),
+                input_ids=more,
                 past_key_values=read.past_key_values,
                 use_cache=True,
                 attention_mask=torch.cat([mask.repeat_interleave(count, 0), real], 1),
@@ -175,9 +185,13 @@ def _no_autocast_on_cpu(device: torch.device) -> AbstractContextManager[object]:
 
 
 def _watched(
-    meter: RoutingMeter | None, mask: Tensor, tasks: Tensor
+    meter: RoutingMeter | None,
+    mask: Tensor,
+    tasks: Tensor,
+    ids: Tensor,
+    shown: Sequence[int | None],
 ) -> AbstractContextManager[None]:
-    return nullcontext() if meter is None else meter.watching(mask, tasks)
+    return nullcontext() if meter is None else meter.watching(mask, tasks, ids, shown)
 
 
 def _ids(model: Model, tasks: Tensor, use_ids: bool) -> AbstractContextManager[None]:

@@ -10,10 +10,12 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from manylora.adapter.selector import BranchSelector
 from manylora.corpus import Corpus, Encoder
 from manylora.evaluate.programs import Programs, own_answers_that_fail
 from manylora.evaluate.scores import HeldOut, Metrics, held_out, score_tasks, write_scores
 from manylora.inspect.routing import RoutingMeter, write_routing
+from manylora.inspect.selector import choices_of, write_choices
 from manylora.precision import autocast
 from manylora.recipe import Recipe
 from manylora.run import config_of, load, recipe_of
@@ -35,6 +37,8 @@ class Scorer:
     task_ids: list[str]
     """Names of the tasks in the order of their ids."""
     programs: Programs | None = None
+    selector: BranchSelector | None = None
+    """What picks the branch of a prompt, known once an adapter was scored."""
 
     def __post_init__(self) -> None:
         wanted = self.recipe.evaluate.rows_per_task
@@ -55,7 +59,8 @@ class Scorer:
     def adapter(self, model: PeftModel) -> tuple[dict[str, Metrics], RoutingMeter]:
         """Scores with the adapter, and where its router sent the tokens."""
         meter = RoutingMeter(model, self.task_ids)
-        use_ids = config_of(model).branches_of().needs_ids
+        config = config_of(model)
+        self.selector, use_ids = config.branch_selector, config.branches_of().needs_ids
         return self._score(model, "adapter", meter, use_ids), meter
 
     def _programs_said(self) -> str:
@@ -68,10 +73,14 @@ class Scorer:
     def write(
         self, run: Path, before: dict[str, Metrics], after: dict[str, Metrics], meter: RoutingMeter
     ) -> None:
+        """scores.json and, where the adapter has such, routing.json and selector.json."""
         write_scores(run, self.tasks, before, after)
-        routing = meter.result() if self.tasks else None
+        routing = meter.result(self.tokenizer) if self.tasks else None
         if routing is not None:
             write_routing(run, routing)
+        if self.selector is not None and self.tasks:
+            encoded = {task.name: task.encoded for task in self.tasks}
+            write_choices(run, choices_of(self.selector, encoded))
 
     def _score(
         self, model: PeftModel, what: str, meter: RoutingMeter | None, use_ids: bool
@@ -120,7 +129,7 @@ def _notes_on_tests(tasks: Sequence[HeldOut], programs: Programs) -> list[str]:
 
 
 def evaluate_run(run: Path, console: Console, programs: Programs | None = None) -> None:
-    """Score a finished run again, from its folder alone; rewrites scores.json and routing.json.
+    """Score a finished run again, from its folder alone; rewrites what `Scorer.write` writes.
 
     programs: the user lets programs that the model writes run here, for pass@k of rows with tests.
     """

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +36,7 @@ from manylora.evaluate.answers import (
 )
 from manylora.evaluate.programs import Programs
 from manylora.evaluate.text import text_scores
+from manylora.inspect.recorder import shortest
 from manylora.inspect.routing import RoutingMeter
 from manylora.training.checkpoints import write_atomically
 
@@ -117,6 +118,8 @@ def score_tasks(
         branch = task_id if use_ids else None
         written: list[str] = []
         questions = [_question(task, i, tokenizer, task_id) for i in range(len(task.examples))]
+        for place, row in enumerate(shortest([len(item.input_ids) for item in task.encoded])):
+            questions[row] = replace(questions[row], shown=place)
         scores = score_answers(model, questions, pad, batch_size, use_ids, meter)
         right = [found[q.gold] for found, q in zip(scores, questions, strict=True)]
         values = {

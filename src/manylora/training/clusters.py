@@ -70,7 +70,7 @@ def settle(recipe: Recipe, corpus: Corpus, console: Console, kept: Path | None =
     that is none or does not know a row.
     """
     if not needs_discovery(recipe):
-        return Settled(recipe, corpus)
+        return Settled(recipe, corpus.without(recipe.leave_out))
     folder = _folder(recipe, corpus, console, kept)
     found = read_discovery(folder)
     whole = with_branches(recipe, found)
@@ -84,7 +84,7 @@ def settle(recipe: Recipe, corpus: Corpus, console: Console, kept: Path | None =
             "discover DATA --output NEW_FOLDER` on the data as they are now, read in the same way"
         )
         corpus = by_cluster(corpus, folder, found.names, advice, console)
-    return Settled(whole, corpus, folder, found)
+    return Settled(whole, corpus.without(recipe.leave_out), folder, found)
 
 
 def with_branches(recipe: Recipe, found: Discovery) -> Recipe:
