@@ -39,7 +39,7 @@ def test_page_shows_benchmarks_where_the_run_has_them(run: Path, compared: bool)
     assert 'id="benchmarks"' not in page(run)
     (run / "benchmarks.json").write_text(json.dumps(benchmarks(compared)))
     text = page(run)
-    assert Outline(text).ids[:3] == ["scores", "benchmarks", "training"]
+    assert Outline(text).ids[:4] == ["findings", "scores", "benchmarks", "training"]
     section = text.split('id="benchmarks"')[1].split("</section>")[0]
     assert "boolq<small>acc; 0-shot, 40 of 3,270 documents</small>" in section
     assert "whole<small>acc, mean of 11 tasks; 0–5-shot, 440 documents</small>" in section

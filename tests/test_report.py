@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 import re
 from html.parser import HTMLParser
@@ -12,7 +14,8 @@ from urllib.parse import unquote
 import pytest
 
 from manylora.report.page import duration, verdict, write_report
-from manylora.report.plots import Axis, heat_strips, points_a_bin, thin
+from manylora.report.plots import Axis, csv_link, points_a_bin, thin
+from tiny import attach, tiny_llama
 
 EVIL = "<script>alert(1)</script>"
 TASKS = ["legal_cuad", "finance_headlines", EVIL]
@@ -87,7 +90,9 @@ def run(tmp_path: Path) -> Path:
 
 
 def write_run(folder: Path, steps: int) -> None:
-    (folder / "recipe.yaml").write_text("method: hydralora\nlearning_rate: 0.001\n")
+    (folder / "recipe.yaml").write_text("data: tasks\ntrain:\n  learning_rate: 0.001\n")
+    config = {"method": "hydralora", "num_branches": 3, "r": 2}
+    attach(tiny_llama(), target_modules=["q_proj", "v_proj"], **config).save_pretrained(folder)
     lines = [json.dumps(logged_step(10 * (i + 1))) for i in range(steps)]
     (folder / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
     (folder / "scores.json").write_text(json.dumps(scores()))
@@ -142,8 +147,12 @@ def test_page_shows_the_numbers_of_the_run(run: Path) -> None:
 def test_page_is_well_formed_small_and_loads_nothing(run: Path) -> None:
     text = page(run)
     outline = Outline(text)
-    assert outline.ids == ["scores", "training", "mixture", "routing", "exports", "recipe"]
-    assert outline.addresses and all(a.startswith("data:text/csv") for a in outline.addresses)
+    sections = ["scores", "training", "mixture", "spectra", "routing", "exports", "recipe"]
+    assert outline.ids == ["findings", *sections, "missing"]
+    links = [a.removeprefix("#") for a in outline.addresses if a.startswith("#")]
+    assert links == outline.ids
+    data = [a for a in outline.addresses if not a.startswith("#")]
+    assert data and all(a.startswith("data:text/csv") for a in data)
     assert not re.search(r"https?://|@import|url\(", text)
     assert not {"script", "link", "img", "iframe"} & set(outline.tags)
     assert text.lstrip().startswith("<!DOCTYPE html>")
@@ -186,15 +195,16 @@ def test_verdict_needs_both_sides() -> None:
 
 
 def test_plots_carry_their_data(run: Path) -> None:
-    tables = [unquote(a.split(",", 1)[1]) for a in Outline(page(run)).addresses]
+    addresses = [a for a in Outline(page(run)).addresses if not a.startswith("#")]
+    tables = [unquote(a.split(",", 1)[1]) for a in addresses]
     by_header = {table.splitlines()[0]: table.splitlines()[1:] for table in tables}
     pace = by_header["step,loss,learning_rate,tokens_per_second"]
     assert len(pace) == 40 and pace[0] == "10,2,0.00098,413"
     assert f"{EVIL},10,3.52632" in by_header["task,step,loss"]
-    assert "legal_cuad,0.6,0.3,0.1,0.817345" in by_header["task,branch_0,branch_1,branch_2,entropy"]
-    assert f"{EVIL},1,0,0,0" in by_header["task,branch_0,branch_1,branch_2,entropy"]
-    layers = by_header["layer,branch_0,branch_1,branch_2,entropy"]
-    assert len(layers) == 4 and layers[0].startswith("model.layers.0.self_attn.q_proj,0.6,0.166667")
+    usage = by_header["run,layer,task,branch_0,branch_1,branch_2"]
+    layer = f"{run.name},model.layers.0.self_attn.q_proj"
+    assert len(usage) == 4 * len(TASKS)
+    assert f"{layer},legal_cuad,0.6,0.3,0.1" in usage and f"{layer},{EVIL},1,0,0" in usage
 
 
 @pytest.mark.parametrize(("name", "section"), [("routing", "routing"), ("exports", "exports")])
@@ -240,16 +250,12 @@ def test_losses_that_are_not_finite_are_counted_not_drawn(run: Path) -> None:
     assert not re.search(r'points="[^"]*nan', text)
 
 
-def test_long_run_of_many_tasks_and_branches_stays_under_a_megabyte(run: Path) -> None:
+def test_long_run_of_many_tasks_stays_under_a_megabyte(run: Path) -> None:
     names = [f"task_{i:02}" for i in range(60)]
     loss = {name: {"loss": 1.23456789, "tokens": 3} for name in names}
     lines = [json.dumps(logged_step(i) | {"tasks": loss}) for i in range(1, 3001)]
     (run / "metrics.jsonl").write_text("\n".join(lines))
-    kinds = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    layers = [f"model.layers.{i}.mlp.{kind}" for i in range(48) for kind in kinds]
-    row = [0.125 + i / 1000 for i in range(8)]
-    wide = {"branches": 8, "layers": layers, "tasks": {n: [row] * len(layers) for n in names}}
-    (run / "routing.json").write_text(json.dumps(wide))
+    (run / "routing.json").unlink()
     text = page(run)
     assert len(text.encode()) < 1_000_000
     assert "Each point is the mean of 10 logged steps" in text
@@ -269,13 +275,13 @@ def test_axes_span_their_values() -> None:
     assert Axis.of_steps(1050).high == 1050
 
 
-def test_strips_group_layers_by_kind_in_order_of_depth() -> None:
-    strips = heat_strips(["0.q", "0.v", "1.q"], [[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]])
-    assert [(s.kind, s.columns, s.branches) for s in strips] == [("q", 2, 2), ("v", 1, 2)]
-    assert strips[0].shades == [
-        (0.0, "M0 1h1v1h-1zM1 0h1v1h-1z"),
-        (1.0, "M0 0h1v1h-1zM1 1h1v1h-1z"),
-    ]
+def test_a_long_table_is_gzipped_and_a_short_one_is_text() -> None:
+    rows = [[i, "name, with a comma"] for i in range(5000)]
+    kind, packed = csv_link(["i", "name"], rows).split(",", 1)
+    assert kind == "data:application/gzip;base64"
+    lines = gzip.decompress(base64.b64decode(packed)).decode().splitlines()
+    assert len(lines) == 5001 and lines[5000] == '4999,"name, with a comma"'
+    assert csv_link(["i", "name"], rows[:2]).startswith("data:text/csv")
 
 
 def test_durations_read_as_spoken() -> None:

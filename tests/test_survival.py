@@ -179,7 +179,7 @@ def test_a_run_in_another_thread_leaves_the_signals_alone(recipe: Recipe) -> Non
 @pytest.mark.parametrize(
     ("size", "why"),
     [
-        (2_000, "File too large"),
+        (3_000, "File too large"),
         (12_000, "File too large"),
         (50_000, "the system took only a part of a file; .* MiB are free there"),
     ],

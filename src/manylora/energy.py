@@ -35,7 +35,16 @@ from typing import TYPE_CHECKING, Self
 
 import torch
 
-from manylora.energy_sources import NO_GPU, Covers, Source, gpus_of, nvml_indices, sees_gpu, sources
+from manylora.energy_sources import (
+    NO_GPU,
+    Covers,
+    Source,
+    gpus_of,
+    kwh_so_far,
+    nvml_indices,
+    sees_gpu,
+    sources,
+)
 
 if TYPE_CHECKING:
     from codecarbon import OfflineEmissionsTracker
@@ -119,6 +128,14 @@ class EnergyMeter:
         if self._energy is None:
             raise RuntimeError(f"no energy: {self._problem}")
         return self._energy
+
+    @property
+    def so_far(self) -> dict[str, float]:
+        """kWh of each part, in the block up to the last sample; reading it takes no measurement."""
+        if self._tracker is None:
+            return self.energy.kwh
+        found = kwh_so_far(self._tracker)
+        return found if self.devices else found | {"gpu": 0.0}
 
     def __enter__(self) -> Self:
         if self._tracker is not None:

@@ -80,6 +80,16 @@ def sees_gpu(tracker: OfflineEmissionsTracker) -> bool:
     return any(isinstance(part, GPU) and part.gpu_ids != [] for part in tracker._hardware)
 
 
+def kwh_so_far(tracker: OfflineEmissionsTracker) -> dict[str, float]:
+    """kWh of cpu, gpu and ram up to the tracker's last sample."""
+    totals = {
+        "cpu": tracker._total_cpu_energy,
+        "gpu": tracker._total_gpu_energy,
+        "ram": tracker._total_ram_energy,
+    }
+    return {part: float(total.kWh) for part, total in totals.items()}
+
+
 def sources(tracker: OfflineEmissionsTracker, ram_watts: float) -> dict[str, Source]:
     """The source of cpu, gpu and ram, in a tracker that has started.
 

@@ -35,6 +35,7 @@ from manylora.training.checkpoints import (
 from manylora.training.clusters import KEPT, keep
 from manylora.training.interrupts import Interrupts
 from manylora.training.keeping import errors_tell_what_is_kept, signals_tell_what_is_kept
+from manylora.training.metering import check_energy, energy_of, metering
 from manylora.training.out_of_memory import Batch, StartingPoint, smaller_batch
 from manylora.training.prepare import ADAPTER, Prepared, prepare
 from manylora.training.progress import GradientCheck, MetricsFile, ProgressBar
@@ -61,6 +62,7 @@ def train(recipe: Recipe, console: Console | None = None, resume: bool = False) 
     """
     console = console or Console(stderr=True)
     check_reporters(recipe.train.report_to)
+    check_energy(recipe.train.energy)
     if recipe.start_from is not None:
         recipe = inherit(recipe, read_start(Path(recipe.start_from)))
     recipe = recipe.resolved()
@@ -121,6 +123,7 @@ def finish(prepared: Prepared, console: Console, interrupts: Interrupts) -> None
         train_seconds=trainer.seconds,
         evaluate_seconds=seconds + time.perf_counter() - started,
         dead_gradients=trainer.dead,
+        energy=energy_of(trainer),
     )
     write_card(partial, recipe, prepared.tasks)
     publish_files(partial, run, last="adapter_config.json")
@@ -169,7 +172,8 @@ def fit(prepared: Prepared, console: Console, interrupts: Interrupts) -> RunTrai
         trainer, bar = make_trainer(prepared, batch, console, interrupts, more)
         start = start or StartingPoint(prepared.model)
         try:
-            with interrupts.waiting():
+            device = prepared.model.device
+            with interrupts.waiting(), metering(trainer, device, train.energy):
                 trainer.go_on(last_checkpoint(run))
             trainer.read_task_losses()  # the steps after the last logged one count as well
             return trainer

@@ -23,7 +23,8 @@ class TrainRecipe(Strict):
     rates multiply learning_rate for a part of the adapter (0 freezes it), weight_decays replace
     weight_decay. early_stopping: evaluations (every evaluate_every steps) without a better one
     after which training ends. report_to: where the losses go besides the run folder. workers:
-    processes that encode rows beside the training; 0 encodes them in between.
+    processes that encode rows beside the training; 0 encodes them in between. energy: measure the
+    training's electricity with CodeCarbon.
     """
 
     epochs: float = Field(3.0, gt=0)
@@ -45,6 +46,7 @@ class TrainRecipe(Strict):
     early_stopping: int | None = Field(None, ge=1)
     report_to: list[Reporter] = Field(default_factory=list)
     workers: int = Field(1, ge=0)
+    energy: bool = False
 
     @field_validator("report_to", mode="before")
     @classmethod

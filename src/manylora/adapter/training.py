@@ -182,8 +182,8 @@ def dead_gradients(model: nn.Module, adapter: str, ids: set[int] | None = None) 
                 continue
             gradient = weight.grad
             for branch in _reached(layer, adapter, part, ids):
-                block = None if gradient is None else _block(layer, adapter, part, gradient, branch)
-                if block is None or not bool(block.any()):
+                own = None if gradient is None else block_of(layer, adapter, part, gradient, branch)
+                if own is None or not bool(own.any()):
                     name = f"{layer.name}.manylora_{part}"
                     dead.append(name if branch is None else f"{name}, branch {branch}")
     return dead
@@ -215,10 +215,10 @@ def _reached(
 
 def _nonzero(layer: ManyLoraLayer, adapter: str, part: str, branch: int | None = None) -> bool:
     weight = getattr(layer, f"manylora_{part}")[adapter].weight
-    return bool(_block(layer, adapter, part, weight, branch).any())
+    return bool(block_of(layer, adapter, part, weight, branch).any())
 
 
-def _block(
+def block_of(
     layer: ManyLoraLayer, adapter: str, part: str, tensor: Tensor, branch: int | None
 ) -> Tensor:
     """The part of a tensor that belongs to one branch; all of it where branches share it."""

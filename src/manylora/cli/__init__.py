@@ -15,13 +15,23 @@ from rich.markup import escape
 from transformers.utils import logging
 
 # isort: off
-from manylora.cli import looking, making, using, shipping, serving, importing
+from manylora.cli import looking, making, using, inspecting, shipping, serving, importing
 
 # isort: on
 from manylora.cli.app import app, console
 from manylora.training.interrupts import Interrupted
 
-__all__ = ["app", "importing", "looking", "main", "making", "serving", "shipping", "using"]
+__all__ = [
+    "app",
+    "importing",
+    "inspecting",
+    "looking",
+    "main",
+    "making",
+    "serving",
+    "shipping",
+    "using",
+]
 
 
 def _quiet() -> None:

@@ -107,6 +107,10 @@ class LogAxis:
         if len(inside) < 2:
             finer = LogLocator(base=10, subs=(1, 2, 5)).tick_values(self.low, self.high)
             inside = [float(v) for v in finer if self.low <= v <= self.high]
+        if len(inside) < 2:
+            inside = [
+                v for v in Axis.over([self.low, self.high]).ticks if self.low <= v <= self.high
+            ]
         return [(self.percent(value), short(value)) for value in inside]
 
 

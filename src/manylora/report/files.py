@@ -141,7 +141,6 @@ class RunFiles:
     validation: list[ValidationStep]
     scores: Scores
     summary: Summary
-    routing: Routing | None
     benchmarks: Benchmarks | None
     exports: list[Export]
 
@@ -160,13 +159,14 @@ def read_run(run: Path) -> RunFiles:
     ]
     routing, exports = run / "routing.json", run / "exports.json"
     benchmarks = run / "benchmarks.json"
+    if routing.exists():
+        _check_routing(routing)
     return RunFiles(
         recipe=_text(run / "recipe.yaml"),
         steps=[_parse(LoggedStep, line, at) for at, line in lines if _VALIDATED not in line],
         validation=[_parse(ValidationStep, line, at) for at, line in lines if _VALIDATED in line],
         scores=_parse(Scores, _text(run / "scores.json"), str(run / "scores.json")),
         summary=_parse(Summary, _text(run / "summary.json"), str(run / "summary.json")),
-        routing=_read_routing(routing) if routing.exists() else None,
         benchmarks=_parse(Benchmarks, _text(benchmarks), str(benchmarks), EVAL)
         if benchmarks.exists()
         else None,
@@ -197,7 +197,7 @@ def _parse(kind: type[T], text: str, where: str, advice: str = TRAIN) -> T:
         raise ValueError(f"{where}: {field}: {first['msg']}. {advice}") from None
 
 
-def _read_routing(path: Path) -> Routing:
+def _check_routing(path: Path) -> None:
     routing = _parse(Routing, _text(path), str(path))
     for task, layers in routing.tasks.items():
         if len(layers) != len(routing.layers) or any(len(w) != routing.branches for w in layers):
@@ -206,4 +206,3 @@ def _read_routing(path: Path) -> Routing:
                 f"weights, but has {len(layers)} layers of {sorted({len(w) for w in layers})}. "
                 "`manylora train` writes this file: delete it, or train again."
             )
-    return routing

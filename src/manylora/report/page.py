@@ -10,21 +10,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import log
 from pathlib import Path
 
 from manylora.evaluate.table import LOWER_IS_BETTER, METRIC_TITLES, verdict
+from manylora.inspect.gather import from_files
 from manylora.report.benchmarks import benchmark_view
-from manylora.report.files import LoggedStep, Routing, Scores, Summary, ValidationStep, read_run
+from manylora.report.files import LoggedStep, RunFiles, Scores, Summary, ValidationStep, read_run
+from manylora.report.inspection import InspectionView, inspection_view
 from manylora.report.plots import (
     Axis,
     DotPlot,
     LinePlot,
     Point,
-    Strip,
     csv_link,
     dot_plot,
-    heat_strips,
     line_plot,
     number,
     points_a_bin,
@@ -33,13 +32,18 @@ from manylora.report.plots import (
 from manylora.report.render import render
 
 PAGE_FILE = "report.html"
+# What the page draws from metrics.jsonl itself.
+SHOWN = frozenset({"loss", "task_loss", "learning_rate", "tokens_per_second", "validation_loss"})
 
 
 def write_report(run: Path) -> Path:
     """Write run/report.html from the run folder's files and return its path."""
     files = read_run(run)
+    inside = inspection_view(from_files(run), SHOWN)
     page = render(
         "report.html.j2",
+        toc=contents(files, inside),
+        inside=inside,
         score=number,
         summary=files.summary,
         facts=facts(files.summary, len(files.scores.tasks)),
@@ -47,13 +51,28 @@ def write_report(run: Path) -> Path:
         metrics=metric_views(files.scores),
         training=training_view(files.steps, files.validation),
         benchmarks=benchmark_view(files.benchmarks) if files.benchmarks else None,
-        routing=routing_view(files.routing) if files.routing else None,
         exports=files.exports,
         recipe=files.recipe,
     )
     path = run / PAGE_FILE
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def contents(files: RunFiles, inside: InspectionView) -> list[tuple[str, str]]:
+    """(id, title) of the page's sections."""
+    found = [("findings", "What stands out")] if inside.findings else []
+    found.append(("scores", "Scores"))
+    if files.benchmarks:
+        found.append(("benchmarks", "Benchmarks"))
+    found.append(("training", "Training"))
+    if files.summary.mixture:
+        found.append(("mixture", "Data mixture"))
+    found += inside.entries()
+    if files.exports:
+        found.append(("exports", "Exports"))
+    found.append(("recipe", "How to repeat it"))
+    return [*found, *([("missing", "Not shown")] if inside.missing else [])]
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,60 +185,6 @@ def _task_panels(
         panels.append(line_plot(name, drawn, y, steps[-1].step, 100, x_bins=2))
     rows = [(name, x, value) for name, line in lines.items() for x, value in line]
     return panels, csv_link(["task", "step", "loss"], rows), size
-
-
-@dataclass(frozen=True, slots=True)
-class RoutingRow:
-    """Mean weights of one task or layer, and their entropy over log N (1: all branches alike)."""
-
-    name: str
-    weights: list[float]
-    entropy: float
-
-
-@dataclass(frozen=True, slots=True)
-class RoutingView:
-    """Who uses which branch."""
-
-    branches: int
-    tasks: list[RoutingRow]
-    layers: list[RoutingRow]
-    strips: list[Strip]
-    largest: float
-    largest_of_layers: float
-    task_csv: str
-    layer_csv: str
-
-
-def routing_view(routing: Routing) -> RoutingView:
-    """The mean over layers for each task, and the mean over tasks for each layer."""
-    tasks = [_routing_row(name, layers) for name, layers in routing.tasks.items()]
-    by_layer = zip(*routing.tasks.values(), strict=True)
-    layers = [
-        _routing_row(name, list(rows)) for name, rows in zip(routing.layers, by_layer, strict=True)
-    ]
-    branch_names = [f"branch_{i}" for i in range(routing.branches)]
-
-    def table(first: str, rows: Sequence[RoutingRow]) -> str:
-        cells = [[row.name, *row.weights, row.entropy] for row in rows]
-        return csv_link([first, *branch_names, "entropy"], cells)
-
-    return RoutingView(
-        branches=routing.branches,
-        tasks=tasks,
-        layers=layers,
-        strips=heat_strips(routing.layers, [row.weights for row in layers]),
-        largest=max((w for row in tasks for w in row.weights), default=0.0) or 1.0,
-        largest_of_layers=max((w for row in layers for w in row.weights), default=0.0),
-        task_csv=table("task", tasks),
-        layer_csv=table("layer", layers),
-    )
-
-
-def _routing_row(name: str, rows: Sequence[Sequence[float]]) -> RoutingRow:
-    weights = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
-    nats = sum(w * log(1 / w) for w in weights if w > 0)
-    return RoutingRow(name, weights, nats / log(len(weights)) if len(weights) > 1 else 0.0)
 
 
 def facts(summary: Summary, tasks: int) -> list[tuple[str, str]]:

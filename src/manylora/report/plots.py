@@ -1,15 +1,16 @@
 """The pages' plots as geometry; their templates draw them as SVG.
 
 Horizontal places are shares of the width, so that a plot fits a phone and a desk with its text at
-one size: dot plots in percent, lines and heat strips in a nested SVG that stretches (0..1000 both
-ways for lines, one unit a cell for strips). Vertical places of text and dots are pixels.
+one size: dot plots in percent, lines in a nested SVG that stretches (0..1000 both ways). Vertical
+places of text and dots are pixels.
 """
 
 from __future__ import annotations
 
 import csv
+import gzip
 import io
-from collections import defaultdict
+from base64 import b64encode
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
@@ -24,6 +25,7 @@ Point = tuple[float, float]
 ROW_HEIGHT = 44
 MAX_POINTS = 300
 MAX_POINTS_OF_ALL_TASKS = 12_000
+LONGEST_CSV = 60_000  # characters; percent-encoding makes them up to three times as many
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,36 +196,13 @@ def thin(points: Sequence[Point], size: int) -> list[Point]:
     return [(sum(x for x, _ in b) / len(b), sum(y for _, y in b) / len(b)) for b in bins]
 
 
-@dataclass(frozen=True, slots=True)
-class Strip:
-    """Branches (down) by depth (across) for one kind of layer: (opacity, SVG path) a shade."""
-
-    kind: str
-    columns: int
-    branches: int
-    shades: list[tuple[float, str]]
-
-
-def heat_strips(layers: Sequence[str], weights: Sequence[Sequence[float]]) -> list[Strip]:
-    """One strip per last part of the layer names (q_proj, ...); opaque is the largest weight."""
-    largest = max((w for row in weights for w in row), default=0.0) or 1.0
-    kinds: defaultdict[str, list[Sequence[float]]] = defaultdict(list)
-    for layer, row in zip(layers, weights, strict=True):
-        kinds[layer.rsplit(".", 1)[-1]].append(row)
-    strips = []
-    for kind, rows in kinds.items():
-        shades: defaultdict[float, str] = defaultdict(str)
-        for column, row in enumerate(rows):
-            for branch, weight in enumerate(row):
-                shades[round(weight / largest, 2)] += f"M{column} {branch}h1v1h-1z"
-        strips.append(Strip(kind, len(rows), len(rows[0]), sorted(shades.items())))
-    return strips
-
-
 def csv_link(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A data: address that holds the rows as CSV."""
+    """A data: address that holds the rows as CSV, a long table's gzipped."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
     writer.writerows([f"{v:.6g}" if isinstance(v, float) else v for v in row] for row in rows)
-    return "data:text/csv;charset=utf-8," + quote(text.getvalue())
+    if text.tell() <= LONGEST_CSV:
+        return "data:text/csv;charset=utf-8," + quote(text.getvalue())
+    packed = gzip.compress(text.getvalue().encode(), mtime=0)
+    return "data:application/gzip;base64," + b64encode(packed).decode()

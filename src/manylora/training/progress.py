@@ -13,11 +13,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 
 from manylora.adapter.training import dead_gradients
+from manylora.run import peak_memory
 from manylora.training.checkpoints import sync, write_atomically
 
 
 class MetricsFile(TrainerCallback):
-    """One JSON line for each logged step; losses are those since the line before."""
+    """One JSON line for each logged step; losses are those since the line before.
+
+    grad_norm, grad_norms (of each part): of that step, before clipping. peak_memory_bytes: since
+    the process began (GPU where there is one, else resident). kwh: of cpu, gpu and ram since the
+    training began, where the recipe has it measured.
+    """
 
     trainer: Any
 
@@ -49,13 +55,20 @@ class MetricsFile(TrainerCallback):
             "loss": finite(logs["loss"]),
             "learning_rate": logs["learning_rate"],
             "grad_norm": finite(logs.get("grad_norm", 0.0)),
+            "grad_norms": {
+                part: finite(float(f"{norm:.6g}"))
+                for part, norm in self.trainer.gradient_norms.items()
+            },
             "tokens": tokens,
             "tokens_per_second": round((tokens - self.last_tokens) / (now - self.last), 1),
             "tasks": {
                 task: {"loss": finite(loss / count), "tokens": count}
                 for task, (loss, count) in losses.items()
             },
+            "peak_memory_bytes": peak_memory(args.device),
         }
+        if self.trainer.kwh:
+            line["kwh"] = self.trainer.kwh
         self.last, self.last_tokens = now, tokens
         for task, (loss, count) in losses.items():
             logs[f"tasks/{task}"] = loss / count

@@ -42,6 +42,8 @@ class SurvivalMixin:
 
     unread: list[Tensor]
     tokens: int
+    kwh: dict[str, float]
+    kwh_before: dict[str, float]
     batch_sources: list[str]
     args: Any
     state: TrainerState
@@ -88,6 +90,7 @@ class SurvivalMixin:
             if self.state.is_world_process_zero:
                 self.unread[:] = [sums.to(self.args.device) for sums in found["unread"]]
             self.tokens, self.seconds, self.dead = found["tokens"], found["seconds"], found["dead"]
+            self.kwh_before = found.get("kwh", {})
             self._tr_loss = found["loss"].to(self.args.device)
             self._total_loss_scalar = found["logged_loss"]
             self._globalstep_last_logged = found["logged_step"]
@@ -98,6 +101,7 @@ class SurvivalMixin:
         return {
             "unread": self.unread,
             "tokens": self.tokens,
+            "kwh": self.kwh,
             "seconds": time.perf_counter() - self._started,
             "dead": self.dead,
             "loss": self._tr_loss,

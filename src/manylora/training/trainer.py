@@ -19,6 +19,8 @@ from manylora.adapter.ids import token_mask
 from manylora.adapter.training import ManyLoraTrainerMixin
 from manylora.corpus import IGNORED, DrawOrder
 from manylora.train_recipe import TrainRecipe
+from manylora.training.gradients import GradientNormsMixin
+from manylora.training.metering import EnergyMixin
 from manylora.training.optimizer import PartRatesMixin
 from manylora.training.progress import GradientCheck
 from manylora.training.survival import SurvivalMixin
@@ -83,7 +85,13 @@ class AnswerTrainer(SFTTrainer):
 
 
 class RunTrainer(
-    SurvivalMixin, ValidationMixin, PartRatesMixin, ManyLoraTrainerMixin, AnswerTrainer
+    SurvivalMixin,
+    EnergyMixin,
+    GradientNormsMixin,
+    ValidationMixin,
+    PartRatesMixin,
+    ManyLoraTrainerMixin,
+    AnswerTrainer,
 ):
     """Knows the task of each example: its branch id, its loss, its place in the mixture."""
 
