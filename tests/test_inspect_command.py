@@ -123,6 +123,7 @@ def test_runs_are_set_side_by_side_in_a_page_of_their_own(
     assert {"spectra", "projection", "routing", "selector", "training"} <= set(
         sections(Path("inspect.html"))
     )
+    assert "A at the start by run" in text and "A, what changed by run" in text
     assert not (trained["routed"] / "inspection").exists()
 
 

@@ -19,7 +19,7 @@ from manylora.inspect.initialisation import initialisation, summary
 from manylora.inspect.interference import ROWS, interference
 from manylora.inspect.kept import read_kept
 from manylora.inspect.pieces import Matrix
-from manylora.inspect.projection import projection
+from manylora.inspect.projection import State, projection
 from manylora.inspect.selector import confusion, distances
 from manylora.inspect.spectra import singular_values, spectra
 from manylora.inspect.subspaces import subspaces
@@ -198,11 +198,18 @@ def _between(tables: _Tables, adapters: Sequence[Adapter]) -> None:
 
 
 def _plane(tables: _Tables, adapters: Sequence[Adapter], options: Options) -> None:
-    """One plane for the A's of all runs, and one for their B's."""
-    for matrix in MATRICES:
+    """One plane for the A's of all runs, and one for their B's.
+
+    Beside those of several runs, their A's at the start and what training changed in them: what of
+    the first picture is there in the second was never learned.
+    """
+    planes: list[tuple[Matrix, State, str]] = [(m, "trained", m) for m in MATRICES]
+    if len(adapters) > 1:
+        planes[1:1] = [("A", "start", "A at the start"), ("A", "change", "A, what changed")]
+    for matrix, of, title in planes:
         try:
-            frame = projection(adapters, matrix, options.method)
+            frame = projection(adapters, matrix, options.method, of=of)
         except ValueError as error:
-            tables.missing["projection"] = str(error)
+            tables.missing["projection" if of == "trained" else "likeness"] = str(error)
             continue
-        tables.parts.setdefault("projection", []).append(frame)
+        tables.parts.setdefault("projection", []).append(frame.assign(matrix=title))
