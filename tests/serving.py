@@ -121,6 +121,16 @@ def post(
     return response.status, json.loads(response.read()), dict(response.getheaders())
 
 
+def metrics(server: ServerProcess) -> dict[str, float]:
+    """What the server counts, by name and labels."""
+    connection = HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection.request("GET", "/metrics")
+    lines = connection.getresponse().read().decode().splitlines()
+    return {
+        line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if line[0] != "#"
+    }
+
+
 def until(condition: Callable[[], bool], seconds: float = 30) -> bool:
     end = time.monotonic() + seconds
     while not condition():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.console import Console
 
 from manylora.export import Export, ExportError
 from manylora.export.command import export_to
+from manylora.export.merged import Update
 from manylora.export.plans import Plan, named
 from manylora.export.record import record, written_whole
 from manylora.export.static_table import print_gaps
@@ -23,10 +25,7 @@ Make = Callable[..., Recipe]
 OPTIONS: dict[str, Any] = {
     "to": "lora",
     "output": None,
-    "static": False,
-    "task": None,
     "rank": None,
-    "rows": None,
     "dtype": None,
 }
 
@@ -34,7 +33,11 @@ OPTIONS: dict[str, Any] = {
 def command(run: Path, **options: Any) -> tuple[list[str], str]:
     """The lines, and the table."""
     out = Console(file=io.StringIO(), width=160)
-    lines = export_to(run, **OPTIONS | options, console=Console(quiet=True), out=out)
+    of_update = {field.name for field in fields(Update)}
+    update = Update(**{name: value for name, value in options.items() if name in of_update})
+    others = {name: value for name, value in options.items() if name not in of_update}
+    consoles = {"console": Console(quiet=True), "out": out}
+    lines = export_to(run, **OPTIONS | others | consoles, update=update)
     assert isinstance(out.file, io.StringIO)
     return lines, out.file.getvalue()
 
@@ -62,7 +65,9 @@ def test_one_run_goes_everywhere_under_folders_of_its_own(make_recipe: Make) -> 
         ({"task": "copy"}, "--task is for --to merged and --to gguf"),
         ({"to": "gguf-lora", "task": "copy"}, "--task is for"),
         ({"to": "merged", "dtype": "float16"}, "--dtype is for --to gguf"),
-        ({"rank": 4, "rows": 8}, "--rank and --rows are for --static with --to lora"),
+        ({"rank": 4}, "--rank is for --static with --to lora"),
+        ({"to": "gguf", "rows": 8}, "--rows is for --static"),
+        ({"base": "other"}, "--base is for --to merged, gguf and gguf-lora"),
         ({"to": "merged", "static": True, "rank": 4}, "--rank is for --static with --to lora"),
     ],
 )

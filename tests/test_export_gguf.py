@@ -19,8 +19,10 @@ from manylora.export.gguf_files import export_gguf, export_gguf_lora
 from manylora.export.gguf_tensors import LlamaNames, check_llama
 from manylora.export.gguf_tokenizer import splitting
 from manylora.export.gguf_write import read_adapter, write_model
+from manylora.export.merged import Update
 from manylora.export.modelfile import FORMATS, modelfile
 from manylora.recipe import Recipe
+from manylora.run import recipe_of
 from manylora.train import train
 from tiny import save_tiny_model, tiny_llama
 from tiny_gguf import FIELDS, write_gguf
@@ -125,6 +127,25 @@ def test_lora_file_adds_what_the_plain_lora_adds(make_recipe: Make, tmp_path: Pa
             ]
             delta = delta[rows]
         assert torch.allclose(updates[name], delta, atol=1e-6), name
+
+
+def test_router_goes_into_a_file_as_the_better_of_mean_and_fit(
+    make_recipe: Make, tmp_path: Path
+) -> None:
+    run = train(make_recipe(method="hydralora"))
+    update = Update(static=True, rows=8)
+    done = export_gguf_lora(run, tmp_path / "loras", update)
+    names = ["all_tasks.gguf", "colour.gguf", "copy.gguf", "parity.gguf"]
+    assert [Path(one.path).name for one in done] == names
+    assert all("it loses" in one.note for one in done if one.gap) and done[0].gap
+    (model,) = export_gguf(run, tmp_path / "model", update)
+    assert not model.exact and model.gap == done[0].gap
+    merged = load_model(str(tmp_path / "model" / "model.gguf"))
+    base = load_model(recipe_of(run).model)
+    got = read_adapter(tmp_path / "loras" / "all_tasks.gguf")["blk.1.ffn_up.weight"]
+    name = "model.layers.1.mlp.up_proj.weight"
+    added = merged.state_dict()[name] - base.state_dict()[name]
+    assert torch.allclose(added, got, atol=1e-5) and got.abs().max() > 1e-3
 
 
 def test_wrong_order_of_rows_fails_and_leaves_nothing(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -16,8 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import manylora
 from manylora.export import ExportError, merged
-from manylora.export.merged import export_merged
+from manylora.export.merged import Update, export_merged
+from manylora.export.static import export_static
 from manylora.recipe import Recipe
+from manylora.run import recipe_of
 from manylora.train import train
 
 Make = Callable[..., Recipe]
@@ -46,7 +49,7 @@ def test_merged_folder_has_the_logits_of_the_run(
     make_recipe: Make, tmp_path: Path, adapter: dict[str, object], task: str | None
 ) -> None:
     run = train(make_recipe(**adapter))
-    (done,) = export_merged(run, tmp_path / "out", task)
+    (done,) = export_merged(run, tmp_path / "out", Update(task))
     assert done.exact and done.kind == "merged" and done.max_logit_difference < 1e-4
     model, tokenizer = manylora.load(run)
     model.cpu()
@@ -91,26 +94,39 @@ def test_run_with_a_branch_each_needs_a_task_by_name(make_recipe: Make, tmp_path
     with pytest.raises(ExportError, match="--task, one of colour, copy, parity"):
         export_merged(run, tmp_path / "out")
     with pytest.raises(ExportError, match="task='colours'; the run has colour"):
-        export_merged(run, tmp_path / "out", "colours")
+        export_merged(run, tmp_path / "out", Update("colours"))
     assert not (tmp_path / "out").exists()
 
 
-def test_router_merges_only_at_its_mean(make_recipe: Make, tmp_path: Path) -> None:
+def test_router_merges_only_statically_and_the_better_way(
+    make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = train(make_recipe(method="hydralora"))
     with pytest.raises(ExportError, match="every token"):
         export_merged(run, tmp_path / "out")
-    (done,) = export_merged(run, tmp_path / "out", static=True)
-    (own,) = export_merged(run, tmp_path / "own", "copy", static=True)
-    assert not done.exact and not own.exact and "approximation" in done.note
-    name = "model.layers.0.mlp.down_proj.weight"
-    weights = [load_file(tmp_path / f / "model.safetensors")[name] for f in ("out", "own")]
-    assert not torch.equal(*weights)
-    model = manylora.load(run)[0].cpu()
-    layer = model.base_model.model.model.layers[0].mlp.down_proj
-    routing = json.loads((run / "routing.json").read_text())
-    mean = torch.tensor(routing["tasks"]["copy"][routing["layers"].index(layer.name)])
-    expected = layer.get_base_weight() + layer.get_delta_weight("default", mean)
-    assert torch.allclose(weights[1], expected, atol=1e-5)
+    with pytest.raises(ExportError, match="task='colours'; the run has colour, copy, parity"):
+        export_merged(run, tmp_path / "out", Update("colours", static=True))
+    assert not (tmp_path / "out").exists()
+    (done,) = export_merged(run, tmp_path / "out", Update(static=True, rows=16))
+    said = r"approximation; it loses -?\d.* would lose -?\d"
+    assert not done.exact and re.search(said, done.note)
+    assert json.loads((run / "exports.json").read_text())[0]["gap"] == done.gap != {}
+    plain = {Path(one.path).name: one for one in export_static(run, tmp_path / "static", rows=16)}
+    gaps = {
+        kind: sum(gap[0] for gap in plain[f"{kind}_all_tasks"].gap.values())
+        for kind in ("mean", "fit")
+    }
+    best = min(gaps, key=lambda kind: gaps[kind])
+    for task, gap in plain[f"{best}_all_tasks"].gap.items():
+        assert done.gap.pop(task) == pytest.approx(gap, rel=1e-3, abs=1e-6)
+    assert not done.gap
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    base = AutoModelForCausalLM.from_pretrained(recipe_of(run).model).state_dict()
+    lora = load_file(tmp_path / "static" / f"{best}_all_tasks" / "adapter_model.safetensors")
+    for name in ("model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj"):
+        A, B = (lora[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+        expected = base[f"{name}.weight"] + B @ A
+        assert torch.allclose(weights[f"{name}.weight"], expected, atol=1e-5)
 
 
 def test_weights_are_saved_in_the_dtype_of_the_base_and_the_rounding_is_said(

@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from manylora.adapter.layer import ManyLoraLayer, layers_of
-from manylora.export import ExportError, static
+from manylora.export import ExportError, static_fit
 from manylora.export.fit import RIDGES, Seen, Space, excess, fits, fits_held_apart
 from manylora.export.moments import MomentMeter, Moments, mean_rows, up_projections
-from manylora.export.static import export_static, measure
+from manylora.export.static import export_static
+from manylora.export.static_fit import measure
 from manylora.export.static_gap import gap
 from manylora.recipe import Recipe
 from manylora.train import train
@@ -99,8 +100,9 @@ def test_constant_router_is_fitted_exactly_at_full_rank(config: dict[str, object
                 tensor.zero_()
     layers = layers_of(model)
     batch = (TOKENS[:, :5], MASK[:, :5].long(), torch.arange(5).expand(4, 5))
-    found = measure(model, layers, "default", {"one": [batch], "two": [batch] * 5}, None)
-    for name in ("one", "two", "all_tasks"):
+    batches, names = {"one": [batch], "two": [batch] * 5}, (None, "one", "two")
+    found = measure(model, layers, "default", batches, None, names)
+    for name in names:
         for layer in layers:
             even = torch.full((3,), 1 / 3)
             assert torch.allclose(found.means[name][layer.name].float(), even, atol=1e-6)
@@ -180,9 +182,10 @@ def test_small_groups_of_layers_give_the_same(monkeypatch: pytest.MonkeyPatch) -
     model = routed(method="hydralora")
     batches = {"one": [(TOKENS, MASK.long(), torch.arange(20).expand(4, 20))] * 4}
     layers = layers_of(model)
-    at_once = measure(model, layers, "default", batches, 4)
-    monkeypatch.setattr(static, "MOST_BYTES", 1.0)
-    one_by_one = measure(model, layers, "default", batches, 4)
+    at_once = measure(model, layers, "default", batches, 4, ["one"])
+    monkeypatch.setattr(static_fit, "MOST_BYTES", 1.0)
+    one_by_one = measure(model, layers, "default", batches, 4, ["one"])
+    assert at_once.fits.keys() == {"one"}  # what is not asked for is not solved for
     for name, (A, B) in at_once.fits["one"].items():
         other_A, other_B = one_by_one.fits["one"][name]
         assert torch.allclose(B @ A, other_B @ other_A, rtol=1e-4, atol=1e-5)

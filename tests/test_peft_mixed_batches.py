@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import manylora
+from manylora.adapter.selector import BranchSelector
 from tiny import VOCAB, attach, tiny_llama
 
 X = torch.randint(3, VOCAB, (5, 7), generator=torch.Generator().manual_seed(0))
@@ -132,3 +133,45 @@ def test_names_that_do_not_fit_are_refused_and_leave_no_hooks() -> None:
     with pytest.raises(ValueError, match="adapter_names"):
         model(input_ids=X, adapter_names=["multi"] * 5)
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_an_id_is_checked_against_the_rows_own_adapter() -> None:
+    model = adapters()  # the active one has a router and takes any id
+    rows = ["clusters", "hydra", "clusters"]
+    with torch.no_grad(), manylora.branch_ids(model, [2, 9, -1]):
+        model(input_ids=X[:3], adapter_names=rows)  # a router has no use for its id
+    for ids, got in (([3, 0, 0], "0..3"), ([0, 0, -2], "-2..0"), (3, "3..3")):
+        with (
+            torch.no_grad(),
+            manylora.branch_ids(model, ids),
+            pytest.raises(ValueError, match=rf"-1\.\.2 .*got {got} for adapter 'clusters'"),
+        ):
+            model(input_ids=X[:3], adapter_names=rows)
+    with (
+        torch.no_grad(),
+        manylora.branch_ids(model, [0, 3]),
+        pytest.raises(ValueError, match=r"got 3\.\.3 for adapter 'clusters'"),
+    ):
+        model.generate(input_ids=X[:2], adapter_names=["hydra", "clusters"], max_new_tokens=2)
+
+
+def test_selectors_choose_for_adapters_with_more_branches_than_the_active_one() -> None:
+    def clusters(branches: int) -> manylora.ManyLoraConfig:
+        config = manylora.ManyLoraConfig(
+            method="branch_per_cluster", num_branches=branches, init_weights=False
+        )
+        prompts = [row.tolist() for row in X[:branches]]
+        names = [f"task {i}" for i in range(branches)]
+        config.branch_selector = BranchSelector.fit(prompts, range(branches), names, refuse=0.0)
+        return config
+
+    with torch.random.fork_rng(devices=[]):
+        model = get_peft_model(tiny_llama(), clusters(2), adapter_name="two")
+        model.add_adapter("four", clusters(4))
+    model.eval()
+    with torch.no_grad():
+        mixed = model(input_ids=X[[0, 3]], adapter_names=["two", "four"]).logits
+        model.set_adapter("four")
+        with manylora.branch_ids(model, 3):
+            alone = model(input_ids=X[3:4]).logits
+    torch.testing.assert_close(mixed[1:], alone, rtol=0, atol=5e-6)

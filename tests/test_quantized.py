@@ -1,16 +1,14 @@
 """A quantised base model (bitsandbytes, on the CPU): train, save, load, merge and take off.
 
-GPTQ and AWQ need their package, gptqmodel, and a GPU: here a stand-in takes the place of its layer
-class in PEFT's own search for the backend, so what is tested is all but the package itself.
+GPTQ and AWQ need their package, gptqmodel, and a GPU: here stand-ins take the place of its layers
+(tiny_packed.py).
 """
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,9 +20,11 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 import manylora
 from manylora.adapter.layer import ManyLoraLayer
+from manylora.adapter.quantized import quantised_as
 from manylora.recipe import Recipe, parse_recipe
 from manylora.train import train
 from tiny import VOCAB, attach, save_tiny_model, tiny_llama, train_steps
+from tiny_packed import pack, take_for_gptqmodel
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -181,44 +181,16 @@ def test_a_run_on_a_quantised_base_keeps_its_router_in_fp32(
     assert model.generate(**inputs, max_new_tokens=3).shape[1] > inputs["input_ids"].shape[1]
 
 
-class PackedLinear(nn.Module):
-    """A stand-in for gptqmodel's layer: codes and a scale per output, computed with, not undone."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.bias = (
-            linear.in_features,
-            linear.out_features,
-            None,
-        )
-        step = linear.weight.detach().abs().amax(1, keepdim=True) / 7
-        self.register_buffer("qweight", (linear.weight.detach() / step).round().to(torch.int8))
-        self.register_buffer("scales", step)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ (self.qweight * self.scales).to(x.dtype).T
+@pytest.fixture(params=["gptq", "awq"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 @pytest.fixture
-def packed(monkeypatch: pytest.MonkeyPatch) -> Callable[[], PreTrainedModel]:
+def packed(monkeypatch: pytest.MonkeyPatch, kind: str) -> Callable[[], PreTrainedModel]:
     """A model of packed layers, which PEFT takes for gptqmodel's."""
-    module = ModuleType("gptqmodel.nn_modules.qlinear")
-    module.BaseQuantLinear = PackedLinear  # type: ignore[attr-defined]
-    for name in ("gptqmodel", "gptqmodel.nn_modules"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    for place in ("peft.utils.quantization_utils", "peft.utils.other"):
-        monkeypatch.setattr(f"{place}.is_gptqmodel_available", lambda: True)
-
-    def make() -> PreTrainedModel:
-        model = tiny_llama(num_hidden_layers=1)
-        for name, linear in list(model.named_modules()):
-            if isinstance(linear, nn.Linear) and name != "lm_head":
-                parent, _, own = name.rpartition(".")
-                setattr(model.get_submodule(parent), own, PackedLinear(linear))
-        return model
-
-    return make
+    take_for_gptqmodel(monkeypatch)
+    return lambda: pack(tiny_llama(num_hidden_layers=1), kind)
 
 
 NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -226,11 +198,11 @@ NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 
 @methods
 def test_layers_that_only_compute_train_save_and_load(
-    config: dict[str, Any], packed: Callable[[], PreTrainedModel], tmp_path: Path
+    config: dict[str, Any], packed: Callable[[], PreTrainedModel], kind: str, tmp_path: Path
 ) -> None:
     model = attach(packed(), task_type="CAUSAL_LM", target_modules=NAMES, **config).train()
     layer = first_layer(model)
-    assert layer.quantization_backend.backend_name == "gptq"
+    assert quantised_as(layer) == kind
     codes = layer.base_layer.qweight.clone()
     losses = train_steps(model, X, IDS, steps=8)
     assert losses[-1] < losses[0] - 0.02
@@ -243,11 +215,13 @@ def test_layers_that_only_compute_train_save_and_load(
 
 
 def test_merging_into_layers_that_only_compute_names_the_better_way(
-    packed: Callable[[], PreTrainedModel],
+    packed: Callable[[], PreTrainedModel], kind: str
 ) -> None:
     model = attach(packed(), method="multilora", target_modules=NAMES, init_weights=False)
     before = logits(model)
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(ValueError, match=r"a gptq layer cannot take a merge.*unquantised base"):
+        with pytest.raises(
+            ValueError, match=rf"{kind} layer cannot take a merge.*unquantised base"
+        ):
             merge()
     assert torch.equal(logits(model), before)

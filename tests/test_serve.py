@@ -6,7 +6,6 @@ import asyncio
 import json
 import socket
 from collections.abc import Iterator
-from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import openai
 import pytest
 
 from manylora.predict import predict_file
-from serving import ASK, CHAT, QUESTIONS, ServerProcess, make_runs, post, until
+from serving import ASK, CHAT, QUESTIONS, ServerProcess, make_runs, metrics, post, until
 
 
 @pytest.fixture(scope="module")
@@ -195,15 +194,6 @@ def test_other_types_methods_paths_and_hosts_are_refused(server: ServerProcess) 
     assert post(server, CHAT, Host="example.org")[0] == 403
     assert post(server, CHAT, Host="[::")[0] == 403
     assert post(server, CHAT, Host="localhost:1")[0] == 200
-
-
-def metrics(server: ServerProcess) -> dict[str, float]:
-    connection = HTTPConnection("127.0.0.1", server.port, timeout=60)
-    connection.request("GET", "/metrics")
-    lines = connection.getresponse().read().decode().splitlines()
-    return {
-        line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if line[0] != "#"
-    }
 
 
 def test_metrics_count_requests_and_tokens(server: ServerProcess, client: openai.OpenAI) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from manylora.serve.limits import ApiError
 from manylora.serve.protocol import ChatRequest, CompletionRequest, parse
 from manylora.serve.sampling import LEAST, Sampling, choose, likelihoods
 from manylora.serve.text import AnswerText
+from request_fuzzing import CHAT, COMPLETION, mutated
 
 LOGITS = torch.tensor([0.5, 0.1, 0.25, 0.15]).log()
 
@@ -111,56 +111,7 @@ def test_half_a_character_at_the_end_is_not_lost(tokenizer: PreTrainedTokenizerB
     assert answer.end() == tokenizer.decode(ids)[1:]
 
 
-VALID: list[tuple[Any, dict[str, Any]]] = [
-    (
-        ChatRequest,
-        {
-            "model": "m",
-            "messages": [
-                {"role": "system", "content": "be kind"},
-                {"role": "user", "content": [{"type": "text", "text": "é"}]},
-            ],
-            "max_completion_tokens": 5,
-            "temperature": 0.5,
-            "top_p": 1,
-            "stop": ["a"],
-            "logprobs": True,
-            "top_logprobs": 2,
-            "n": 1,
-            "user": "u",
-        },
-    ),
-    (
-        CompletionRequest,
-        {"model": "m", "prompt": [1, 2], "max_tokens": 5, "logprobs": 1, "seed": 3, "stream": True},
-    ),
-]
-ODD: list[Any] = [
-    *(None, True, -1, 0, 10**40, 1e308, float("nan"), float("-inf"), "", "\ud800", "x" * 3000),
-    *([], {}, [[]], [None], {"a": 1}, "1", [10**30]),
-]
-
-
-def mutated(rng: random.Random, value: dict[str, Any]) -> bytes:
-    """A request with odd values put in, or bytes damaged."""
-    changed = deepcopy(value)
-    for _ in range(rng.randint(0, 2)):
-        place: Any = changed
-        while True:
-            keys = list(place) if isinstance(place, dict) else list(range(len(place)))
-            if not keys:
-                break
-            key = rng.choice(keys)
-            if isinstance(place[key], dict | list) and rng.random() < 0.6:
-                place = place[key]
-                continue
-            place[key] = deepcopy(rng.choice(ODD))
-            break
-    body = bytearray(json.dumps(changed).encode())
-    for _ in range(rng.choice([0, 0, 1, 3])):
-        start = rng.randrange(len(body))
-        body[start : start + rng.randint(0, 5)] = rng.randbytes(rng.randint(0, 5))
-    return bytes(body)
+VALID: list[tuple[Any, dict[str, Any]]] = [(ChatRequest, CHAT), (CompletionRequest, COMPLETION)]
 
 
 def test_ten_thousand_damaged_requests_are_read_or_refused() -> None:

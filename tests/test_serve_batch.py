@@ -54,3 +54,18 @@ def test_a_model_that_keeps_a_state_is_refused() -> None:
     model = get_peft_model(MambaForCausalLM(config), lora).eval()
     with pytest.raises(ValueError, match=r"MambaForCausalLM .* served in batches"):
         check_batching(model, ["default", "__base__"], pad=0)
+
+
+def test_a_row_with_a_branch_that_its_adapter_does_not_have_is_refused() -> None:
+    torch.manual_seed(0)
+    config = MistralConfig(**_SMALL, num_key_value_heads=2)
+    model = get_peft_model(MistralForCausalLM(config), _lora(), adapter_name="routed")
+    clusters = manylora.ManyLoraConfig(method="branch_per_cluster", task_type="CAUSAL_LM")
+    model.add_adapter("clusters", clusters)
+    for active in ("routed", "clusters"):  # one adapter for all rows goes another way
+        model.set_adapter(active)
+        for rows in ([Row("clusters", 3)], [Row("clusters", 0), Row("clusters", -2)]):
+            batch = Batch(model.eval(), pad=0)
+            with pytest.raises(ValueError, match=r"ids must be in -1\.\.2 .* adapter 'clusters'"):
+                batch.read(rows, [[5, 6]] * len(rows))
+            assert not batch.rows

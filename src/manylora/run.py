@@ -19,7 +19,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from manylora import __version__
-from manylora.adapter.checking import WEIGHTS_FILE, check_config
+from manylora.adapter.checking import WEIGHTS_FILE, check_config, file_inside
 from manylora.adapter.config import ManyLoraConfig
 from manylora.base import load_model, load_tokenizer, name_and_revision
 from manylora.recipe import RECIPE_FILE, Recipe, load_recipe
@@ -63,7 +63,10 @@ def config_of(model: PeftModel, adapter: str = "default") -> ManyLoraConfig:
 
 
 def recipe_of(run: Path) -> Recipe:
-    """The resolved recipe of a finished run."""
+    """The resolved recipe of a finished run.
+
+    Raises FileNotFoundError when it is none; AdapterFileError when recipe.yaml leads out of it.
+    """
     if (run / RECIPE_FILE).is_file() and not is_finished(run):
         raise FileNotFoundError(
             f"{run} is not a finished run; finish it with `manylora train {run} --resume`"
@@ -74,7 +77,7 @@ def recipe_of(run: Path) -> Recipe:
                 f"{run} is not a finished run: {name} is missing; make one with "
                 f"`manylora train RECIPE output={run}` or `manylora quickstart --output {run}`"
             )
-    return load_recipe(run)
+    return load_recipe(file_inside(run, RECIPE_FILE))
 
 
 def is_finished(run: Path) -> bool:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from manylora.adapter.layer import layers_of
 from manylora.adapter.state import BranchState
+from manylora.methods import Branches
 
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 
@@ -67,7 +68,8 @@ def set_ids(model: nn.Module, ids: Tensor, selected: bool = False) -> Iterator[N
     layers = layers_of(model)
     if not layers:
         raise ValueError("branch_ids: the model has no manylora layer; attach an adapter first")
-    checked = _check(ids, layers)
+    # What selectors chose, perhaps one for each row's adapter, is in range as they were loaded.
+    checked = _check(ids, [] if selected else layers)
     states = list({id(layer.state): layer.state for layer in layers}.values())
     if any(branches.needs_ids for layer in layers for branches in layer.branches.values()):
         keep_ids_through_checkpointing(model, states)
@@ -81,18 +83,30 @@ def _check(ids: Tensor, layers: Sequence[Any]) -> Tensor:
             f"branch_ids: ids must be integers of shape (), (batch,) or (batch, tokens), "
             f"got {ids.dtype} of shape {tuple(ids.shape)}"
         )
-    choices = [
-        branches.choices
+    active = {
+        name: branches
         for layer in layers
         for name, branches in layer.branches.items()
-        if name in layer.active_adapters and branches.needs_ids
-    ]
-    if choices and not -1 <= int(ids.min()) <= int(ids.max()) < min(choices):
-        raise ValueError(
-            f"branch_ids: ids must be in -1..{min(choices) - 1} (-1: the shared branch alone), "
-            f"got {int(ids.min())}..{int(ids.max())}"
-        )
+        if name in layer.active_adapters
+    }
+    for name, branches in active.items():
+        check_range(name, branches, ids)
     return ids.long()
+
+
+def check_range(adapter: str, branches: Branches, ids: Tensor) -> None:
+    """ValueError where an id is none of the adapter's branches (or tasks, for a learned gate).
+
+    ids: of any shape, of the rows that use this adapter.
+    """
+    if not branches.needs_ids or not ids.numel():
+        return
+    low, high = int(ids.min()), int(ids.max())
+    if not -1 <= low <= high < branches.choices:
+        raise ValueError(
+            f"branch_ids: ids must be in -1..{branches.choices - 1} (-1: the shared branch alone), "
+            f"got {low}..{high} for adapter {adapter!r}"
+        )
 
 
 @contextmanager

@@ -7,7 +7,7 @@ trainable_token_indices) take them too.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,14 +15,16 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from manylora.adapter.layer import ManyLoraLayer
+from manylora.adapter.config import ManyLoraConfig
+from manylora.adapter.ids import check_range
+from manylora.adapter.layer import ManyLoraLayer, layers_of
 
 
 def hook_adapter_names(
     model: nn.Module,
     names: list[str],
     inputs: Tensor | None,
-    known: Iterable[str],
+    known: Mapping[str, ManyLoraConfig],
     active: Iterable[str],
 ) -> list[RemovableHandle]:
     """Hand the names to every layer; the caller removes the hooks.
@@ -33,7 +35,7 @@ def hook_adapter_names(
         known: the model's adapters. active: those that are active.
 
     Raises:
-        ValueError: the model is training, or a name or the number of names does not fit.
+        ValueError: the model is training, or a name, the number of names or an id does not fit.
     """
     if model.training:
         raise ValueError(
@@ -50,6 +52,7 @@ def hook_adapter_names(
             "Length of `adapter_names` should be the same as the number of "
             f"inputs, but got {len(names)} and {len(inputs)}"
         )
+    _check_ids(names, layers_of(model)[0].state.ids, known)
     _check_trained_copies(model, {*names, *active} - {"__base__"})
     hook = partial(_pass_names, names, inputs is not None)
     return [
@@ -57,6 +60,19 @@ def hook_adapter_names(
         for module in model.modules()
         if isinstance(module, ManyLoraLayer | AuxiliaryTrainingWrapper)
     ]
+
+
+def _check_ids(names: list[str], ids: Tensor | None, known: Mapping[str, ManyLoraConfig]) -> None:
+    """Each row's id is one of its own adapter's; `branch_ids` knows the active ones alone."""
+    if ids is None:
+        return
+    repeats = len(ids) // len(names) if ids.dim() else 1  # of each prompt, for its beams
+    rows = [name for name in names for _ in range(repeats)]
+    for name in set(names) - {"__base__"}:
+        own = ids
+        if ids.dim() and len(ids) == len(rows):  # else the layers refuse its shape
+            own = ids[[i for i, row in enumerate(rows) if row == name]]
+        check_range(name, known[name].branches_of(), own)
 
 
 def _check_trained_copies(model: nn.Module, used: set[str]) -> None:

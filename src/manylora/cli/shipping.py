@@ -22,16 +22,21 @@ def export(
     ] = None,
     static: Annotated[
         bool,
-        typer.Option("--static", help="Token-routed runs: the best plain LoRAs, measured."),
+        typer.Option("--static", help="Token-routed runs: the best static updates, measured."),
     ] = False,
     task: Annotated[
         str | None, typer.Option(help="merged, gguf: the task or branch to merge.")
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(min=1, help="--static: of the fitted LoRAs; default: the most.")
+        int | None,
+        typer.Option(min=1, help="lora --static: of the fitted LoRAs; default: the most."),
     ] = None,
     rows: Annotated[
         int | None, typer.Option(min=2, help="--static: of each task, to fit and to compare on.")
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="merged, gguf*: merge into this, the original of a quantised base."),
     ] = None,
     dtype: Annotated[
         Literal["float32", "float16", "bfloat16"] | None,
@@ -40,9 +45,11 @@ def export(
 ) -> None:
     """Write what other programs load, each checked against the run: LoRA, merged model, GGUF."""
     from manylora.export.command import export_to
+    from manylora.export.merged import Update
     from manylora.report.page import write_report
 
-    lines = export_to(run, to, output, static, task, rank, rows, dtype, console, Console())
+    update = Update(task, static, rows, base)
+    lines = export_to(run, to, output, update, rank, dtype, console, Console())
     for line in lines:
         typer.echo(line)
     write_report(run)

@@ -15,7 +15,7 @@ from manylora.base.load import Dtype
 from manylora.export.engines import command_lines
 from manylora.export.gguf_files import export_gguf, export_gguf_lora
 from manylora.export.lora import export_lora
-from manylora.export.merged import export_merged
+from manylora.export.merged import Update, export_merged
 from manylora.export.plans import is_routed
 from manylora.export.record import Export
 from manylora.export.static import export_static
@@ -31,10 +31,8 @@ def export_to(
     run: Path,
     to: Target,
     output: Path | None,
-    static: bool,
-    task: str | None,
+    update: Update,
     rank: int | None,
-    rows: int | None,
     dtype: Dtype | None,
     console: Console,
     out: Console,
@@ -43,10 +41,13 @@ def export_to(
 
     Raises ValueError for options that would change nothing.
     """
+    static = update.static
     fits = static and to == "lora"
-    _refuse({"task": task}, to in ("merged", "gguf"), "for --to merged and --to gguf")
+    _refuse({"task": update.task}, to in ("merged", "gguf"), "for --to merged and --to gguf")
+    _refuse({"base": update.base}, to != "lora", "for --to merged, gguf and gguf-lora")
     _refuse({"dtype": dtype}, to == "gguf", "for --to gguf")
-    _refuse({"rank": rank, "rows": rows}, fits, "for --static with --to lora")
+    _refuse({"rank": rank}, fits, "for --static with --to lora")
+    _refuse({"rows": update.rows}, static, "for --static")
     if static and not is_routed(run):
         raise ValueError(
             f"--static is for runs that route every token; {run} does not, and exports exactly "
@@ -54,16 +55,16 @@ def export_to(
         )
     folder = output or run / ("static" if fits else _FOLDERS[to])
     if fits:
-        done = export_static(run, folder, rank, rows, console)
+        done = export_static(run, folder, rank, update.rows, console)
         print_gaps(done, out)
     elif to == "lora":
         done = export_lora(run, folder)
     elif to == "merged":
-        done = export_merged(run, folder, task, static)
+        done = export_merged(run, folder, update, console)
     elif to == "gguf":
-        done = export_gguf(run, folder, task, static, getattr(torch, dtype) if dtype else None)
+        done = export_gguf(run, folder, update, getattr(torch, dtype) if dtype else None, console)
     else:
-        done = export_gguf_lora(run, folder, static)
+        done = export_gguf_lora(run, folder, update, console)
     # Of a static export the fits are what to serve; the means are there to compare.
     served = [one for one in done if not fits or Path(one.path).name.startswith("fit_")]
     return [*map(_line, done), *(_serving(run, served) if to == "lora" else [])]

@@ -16,41 +16,44 @@ from typing import cast
 
 import torch
 from peft import PeftModel
+from rich.console import Console
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedModel
 
-from manylora.base import load_model, load_tokenizer
+from manylora.base import load_model, load_tokenizer, resolve
 from manylora.base.gguf import check_gguf
+from manylora.export.gguf_tensors import check_llama
 from manylora.export.gguf_tokenizer import check_tokenizer
 from manylora.export.gguf_write import add_adapter, write_adapter, write_model
 from manylora.export.live import live_logits, logits_of, probe
-from manylora.export.merged import about_base, far, merge, round_to, stored_dtype
+from manylora.export.merged import ONLY, Update, far, merge, round_to, stored_dtype
 from manylora.export.modelfile import MODELFILE, modelfile
-from manylora.export.plans import Plan, load_exact, plans_of
+from manylora.export.plans import Plan, load_exact, plans_of, require_unquantised
 from manylora.export.record import Export, record, require_close, written_whole
+from manylora.export.static import better, compare
 from manylora.run import recipe_of
 
 
 def export_gguf(
     run: Path,
     output: Path,
-    task: str | None = None,
-    static: bool = False,
+    update: Update = ONLY,
     dtype: torch.dtype | None = None,
+    console: Console | None = None,
     adapter: str = "default",
 ) -> list[Export]:
     """Write OUTPUT/model.gguf, the merged model, and a Modelfile beside it.
 
-    task, static: as `export_merged`. dtype: of the matrices; default: what the base is stored in.
+    dtype: of the matrices; default: what the base is stored in.
 
-    Raises ExportError as `export_merged`, and for a base that is not a plain Llama.
+    Raises ExportError as `merge`, and for a base that is not a plain Llama.
     """
-    recipe = recipe_of(run)
-    tokenizer = load_tokenizer(recipe.model)
+    check_llama(AutoConfig.from_pretrained(resolve(update.base or recipe_of(run).model)))
     with written_whole(output) as partial, tempfile.TemporaryDirectory() as temporary:
-        merged = merge(run, task, static, adapter)
-        dtype = dtype or stored_dtype(recipe.model)
+        merged = merge(run, update, console, adapter)
+        dtype = dtype or stored_dtype(merged.recipe.model)
         rounding = round_to(merged, dtype)
+        tokenizer = load_tokenizer(merged.recipe.model)
         tokenizer.save_pretrained(temporary)
         write_model(merged.model, Path(temporary), partial / "model.gguf", dtype)
         loaded = gguf_logits(partial, merged.tokens)
@@ -60,28 +63,38 @@ def export_gguf(
         read_back = check_tokenizer(tokenizer, Path(temporary), partial / "model.gguf")
         text, about = modelfile("model.gguf", None, tokenizer)
         (partial / MODELFILE).write_text(text, encoding="utf-8")
-    note = f"{merged.plan.note}; {rounding}{about_base(recipe)}; {read_back}; {about}"
-    return record(run, [Export(str(output), "gguf", merged.plan.exact, difference, note)])
+    note = f"{merged.about}; {rounding}; {read_back}; {about}"
+    done = Export(str(output), "gguf", merged.plan.exact, difference, note, merged.gap)
+    return record(run, [done])
 
 
 def export_gguf_lora(
     run: Path,
     output: Path,
-    static: bool = False,
+    update: Update = ONLY,
+    console: Console | None = None,
     adapter: str = "default",
 ) -> list[Export]:
     """Write one GGUF LoRA adapter for each update of the run, NAME.gguf, and its NAME.Modelfile.
 
-    Raises ExportError as `export_lora`, and for a base that is not a plain Llama.
+    update: without a task, as all are written.
+
+    Raises ExportError as `export_lora`, and for a base that is quantised or not a plain Llama.
     """
-    recipe = recipe_of(run)
-    tokenizer = load_tokenizer(recipe.model)
+    base = update.base or recipe_of(run).model
+    check_llama(AutoConfig.from_pretrained(resolve(base)))
+    tokenizer = load_tokenizer(base)
     with written_whole(output) as partial, tempfile.TemporaryDirectory() as temporary:
-        model = load_exact(run)
-        plans = plans_of(run, model, adapter, static)
-        base, work = load_model(recipe.model, "float32"), Path(temporary)
+        model = load_exact(run, update.base)
+        require_unquantised(run, model, adapter)
+        if update.static:
+            measured = compare(run, model, adapter, None, update.rows, console)
+            found = [(one.plan, one.gap) for one in better(measured)]
+        else:
+            found = [(plan, {}) for plan in plans_of(run, model, adapter)]
+        plans, work = [plan for plan, _ in found], Path(temporary)
         tokenizer.save_pretrained(work)
-        write_model(base, work, work / "base.gguf", torch.float32)
+        write_model(load_model(base, "float32"), work, work / "base.gguf", torch.float32)
         differences = _write_adapters(model, adapter, plans, partial, work)
         for plan in plans:
             text, about = modelfile("BASE.gguf", f"{plan.name}.gguf", tokenizer)
@@ -93,8 +106,9 @@ def export_gguf_lora(
             plan.exact,
             difference,
             f"{plan.note}; {about}",
+            gap,
         )
-        for plan, difference in zip(plans, differences, strict=True)
+        for (plan, gap), difference in zip(found, differences, strict=True)
     ]
     return record(run, exports)
 

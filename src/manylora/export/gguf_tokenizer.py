@@ -37,8 +37,6 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocabulary: int) -> None:
     if not saved["model"].get("merges"):
         raise ExportError(_unknown("one without merges"))
     name = splitting(saved)
-    if not saved["model"].get("merges"):
-        raise ExportError(_unknown("a BPE tokenizer without merges"))
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(name)
     tokens = {index: token for token, index in saved["model"]["vocab"].items()}
@@ -50,7 +48,11 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocabulary: int) -> None:
         kinds.append(_kind(i, tokens, added))
     writer.add_token_list(names)
     writer.add_token_types(kinds)
-    SpecialVocab(folder, load_merges=True, n_vocab=len(names)).add_to_gguf(writer, quiet=True)
+    special = SpecialVocab(folder, load_merges=True, n_vocab=len(names))
+    template = folder / "chat_template.jinja"
+    if template.is_file():  # which gguf 0.17 does not look for
+        special.chat_template = template.read_text(encoding="utf-8")
+    special.add_to_gguf(writer, quiet=True)
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, gguf: Path) -> str:

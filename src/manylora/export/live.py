@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import cast
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from manylora.adapter.ids import branch_ids
-from manylora.export.plans import Plan
+from manylora.export.plans import Plan, adapted
 
 
 def probe(model: PeftModel) -> Tensor:
@@ -40,15 +42,23 @@ def logits_of(model: torch.nn.Module, tokens: Tensor) -> Tensor:
 
 @contextmanager
 def fixed(model: PeftModel, adapter: str, plan: Plan) -> Iterator[None]:
-    """The model with the plan's update in its base weights, which are put back bit for bit."""
-    kept = []
+    """The model without its adapter, and with the plan's update beside each adapted layer.
+
+    No weight is touched, so the base may be quantised.
+    """
+    factors = plan.factors(model, adapter)
+    handles = []
     try:
-        for layer, delta in plan.deltas(model, adapter):
-            weight = layer.get_base_weight().detach()
-            kept.append((layer, weight.clone()))
-            layer.set_base_weight(weight + delta.to(weight))
+        for layer in adapted(model, adapter):
+            A, B = (factor.to(model.device) for factor in factors[layer.name])
+            handles.append(layer.register_forward_hook(partial(_added, A, B)))
         with model.disable_adapter():
             yield
     finally:
-        for layer, weight in kept:
-            layer.set_base_weight(weight)
+        for handle in handles:
+            handle.remove()
+
+
+def _added(A: Tensor, B: Tensor, layer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+    """y + B A x, for x (..., in) and y (..., out)."""
+    return y + linear(linear(args[0].to(A), A), B).to(y)

@@ -2,62 +2,85 @@
 
     W' = W + dW, in float32, then rounded to the dtype that the base model is stored in
 
+Of a token router dW is the better of its mean mixing weights and its fit (`static.py`).
 The unrounded model is compared with the live run, and the folder, loaded in a process without
 manylora, with the rounded model; what the rounding itself did is in the export's note.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
+from rich.console import Console
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from manylora.base import load_tokenizer, name_and_revision, resolve
 from manylora.export.live import live_logits, logits_of, probe
-from manylora.export.plans import Plan, chosen, load_exact, plans_of
+from manylora.export.plans import Plan, chosen, load_exact, plans_of, require_unquantised
 from manylora.export.record import Export, ExportError, record, require_close, written_whole
+from manylora.export.static import better, compare
 from manylora.plain_peft import PlainPeftError, model_logits
 from manylora.recipe import Recipe
 from manylora.run import recipe_of
 
 
 @dataclass(frozen=True)
+class Update:
+    """Which of a run's updates to merge, and into what.
+
+    task: which branch or task, for a run that has several updates. static: for a token router, the
+    better of its mean mixing weights and its fit, of `task` or for all tasks; rows: of each task,
+    to measure those on. base: another base model than the run's, as a quantised one's original.
+    """
+
+    task: str | None = None
+    static: bool = False
+    rows: int | None = None
+    base: str | None = None
+
+
+ONLY = Update()
+"""The update of a run that has one."""
+
+
+@dataclass(frozen=True)
 class Merged:
-    """A model with a plan's update in its float32 weights; tokens and logits to compare it by."""
+    """A model with a plan's update in its float32 weights; tokens and logits to compare it by.
+
+    recipe: the run's, with the base model that was merged into. about: what it is, in words.
+    """
 
     model: PreTrainedModel
     plan: Plan
+    gap: dict[str, list[float]]
     tokens: Tensor
     logits: Tensor
+    recipe: Recipe
+    about: str
 
 
 def export_merged(
     run: Path,
     output: Path,
-    task: str | None = None,
-    static: bool = False,
+    update: Update = ONLY,
+    console: Console | None = None,
     adapter: str = "default",
 ) -> list[Export]:
     """Write the merged model: weights, config, generation config, tokenizer and a model card.
 
-    task: which branch or task, for a run that has several updates. static: for a token router, its
-    weights fixed at their measured mean (of `task`, or over all tasks).
-
-    Raises ExportError as `export_lora`, and for several updates without a `task`.
+    Raises ExportError as `merge`, and when the folder, loaded again, has other logits.
     """
-    recipe = recipe_of(run)
     with written_whole(output) as partial:
-        merged = merge(run, task, static, adapter)
-        dtype = stored_dtype(recipe.model)
+        merged = merge(run, update, console, adapter)
+        model, dtype = merged.recipe.model, stored_dtype(merged.recipe.model)
         rounding = round_to(merged, dtype)
         merged.model.to(dtype).save_pretrained(str(partial))  # type: ignore[arg-type]
-        load_tokenizer(recipe.model).save_pretrained(str(partial))
+        load_tokenizer(model).save_pretrained(str(partial))
         merged.model.float()
         try:
             loaded = model_logits(partial, merged.tokens)
@@ -66,33 +89,52 @@ def export_merged(
         rounded = logits_of(merged.model, merged.tokens)
         require_close("the merged folder, loaded again", far(loaded, rounded))
         difference = far(loaded, merged.logits)
-        note = f"{merged.plan.note}; {rounding}{about_base(recipe)}"
-        (partial / "README.md").write_text(_card(recipe, merged, note), encoding="utf-8")
-    return record(run, [Export(str(output), "merged", merged.plan.exact, difference, note)])
+        note = f"{merged.about}; {rounding}"
+        (partial / "README.md").write_text(_card(merged, note), encoding="utf-8")
+    done = Export(str(output), "merged", merged.plan.exact, difference, note, merged.gap)
+    return record(run, [done])
 
 
-def merge(run: Path, task: str | None, static: bool, adapter: str = "default") -> Merged:
+def merge(
+    run: Path, update: Update, console: Console | None = None, adapter: str = "default"
+) -> Merged:
     """The run's model in float32, without an adapter and with one of its updates in its weights.
 
-    Raises ExportError when its logits are not those of the live run.
+    Raises ExportError for several updates without a task, a base that is stored quantised, a token
+    router without `static`, and when its logits are not those of the live run.
     """
-    model = load_exact(run)
-    plans = plans_of(run, model, adapter, static)
-    plan = _default(plans) if static and task is None else chosen(plans, task)
+    console, recipe = console or Console(stderr=True), recipe_of(run)
+    model = load_exact(run, update.base)
+    require_unquantised(run, model, adapter)
+    gap: dict[str, list[float]] = {}
+    if update.static:
+        found = compare(run, model, adapter, None, update.rows, console, [update.task])
+        (one,) = better(found)
+        plan, gap = one.plan, one.gap
+    else:
+        plan = chosen(plans_of(run, model, adapter), update.task)
+    about = f"{plan.note}{_about_base(recipe, update.base)}"
+    if recipe.quantize is not None or update.base is not None:
+        console.print(f"warning: {about}", style="yellow", markup=False)
     tokens = probe(model)
     live = live_logits(model, adapter, plan, tokens)
     for layer, delta in plan.deltas(model, adapter):
         layer.set_base_weight(layer.get_base_weight() + delta)
     merged = cast(PreTrainedModel, cast(BaseTuner, model.base_model).unload())
     require_close("the merged model", far(live, logits_of(merged, tokens)))
-    return Merged(merged, plan, tokens, live)
+    recipe = recipe.model_copy(update={"model": update.base or recipe.model})
+    return Merged(merged, plan, gap, tokens, live, recipe, about)
 
 
-def about_base(recipe: Recipe) -> str:
-    """What a user of a quantised run has to know of its merged model."""
-    if recipe.quantize is None:
+def _about_base(recipe: Recipe, base: str | None) -> str:
+    """What a user has to know of a model that is merged into another base than was trained on."""
+    if recipe.quantize is None and base is None:
         return ""
-    return f"; trained on the base in {recipe.quantize}, merged into it unquantised"
+    trained = recipe.model if recipe.quantize is None else f"the base in {recipe.quantize}"
+    return (
+        f"; trained on {trained}, merged into {base or 'it'} unquantised, on which its answers "
+        "differ a little; a LoRA (--to lora) is served on the base as it was trained on"
+    )
 
 
 def stored_dtype(model: str) -> torch.dtype:
@@ -116,16 +158,13 @@ def round_to(merged: Merged, dtype: torch.dtype) -> str:
     return f"rounding to {name} moved a logit by {moved:.1e} at most (their spread is {spread:.1f})"
 
 
-def _default(plans: Sequence[Plan]) -> Plan:
-    return next(plan for plan in plans if plan.name == "all_tasks" or len(plans) == 1)
-
-
 def far(one: Tensor, other: Tensor) -> float:
     """The largest difference."""
     return float((one - other).abs().max())
 
 
-def _card(recipe: Recipe, merged: Merged, note: str) -> str:
+def _card(merged: Merged, note: str) -> str:
+    recipe = merged.recipe
     method = recipe.config().method
     return f"""---
 base_model: {name_and_revision(recipe.model)[0]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from manylora.adapter.config import ManyLoraConfig
 from manylora.adapter.layer import ManyLoraLayer, layers_of
+from manylora.adapter.quantized import quantised_as
 from manylora.adapter.router import not_mergeable
 from manylora.adapter.selector import SELECTOR_FILE, BranchSelector
 from manylora.base import load_model
@@ -25,6 +27,9 @@ from manylora.run import recipe_of
 
 Weights = dict[str, Tensor | None]
 """Layer name -> mixing weights (N,), or None where the method has constant ones."""
+
+ALL = "all_tasks"
+"""The name of an update for all tasks; a task of that name gets another folder (`named`)."""
 
 MEAN_NOTE = "the router's weights fixed at their measured mean: an approximation"
 
@@ -63,10 +68,33 @@ class Plan:
             yield layer, delta.T if isinstance(layer.get_base_layer(), Conv1D) else delta
 
 
-def load_exact(run: Path) -> PeftModel:
-    """The run's model in float32, its base unquantised, whatever the run used: checks are sharp."""
-    base = load_model(recipe_of(run).model, "float32")
-    return PeftModel.from_pretrained(base, str(run)).eval()
+def load_exact(run: Path, base: str | None = None) -> PeftModel:
+    """The run's model in float32, whatever the run used: checks are sharp.
+
+    A base that training quantised (the recipe's `quantize`) is not; one that is stored so is.
+    base: another base model than the run's.
+    """
+    loaded = load_model(base or recipe_of(run).model, "float32")
+    with warnings.catch_warnings():
+        if base is not None:  # asked for
+            warnings.filterwarnings("ignore", message="this adapter was trained on")
+        return PeftModel.from_pretrained(loaded, str(run)).eval()
+
+
+def require_unquantised(run: Path, model: PeftModel, adapter: str) -> None:
+    """ExportError where the base is stored quantised: what is merged into it is rounded, or lost.
+
+    (A base that the recipe's `quantize` quantised was loaded unquantised by `load_exact`.)
+    """
+    for layer in adapted(model, adapter):
+        if (kind := quantised_as(layer)) is not None:
+            raise ExportError(
+                f"the base model of {run}, {recipe_of(run).model}, is stored quantised "
+                f"({layer.name}: {kind}): an update merged into it would be rounded to its few "
+                "levels, or cannot be merged at all. Better: export a LoRA (--to lora) and serve "
+                "it on this base, which is exact; or merge into the unquantised model that the "
+                "base was made from, with --base FOLDER_OR_NAME"
+            )
 
 
 def is_routed(run: Path) -> bool:
@@ -129,8 +157,8 @@ def _means(routing: Routing) -> Iterator[Plan]:
     means = {
         task: torch.tensor(rows, dtype=torch.float64) for task, rows in routing["tasks"].items()
     }
-    means = {"all_tasks": torch.stack(list(means.values())).mean(0), **means}
-    for name, rows in means.items():
+    # First, so that it has its name whatever the tasks are called.
+    for name, rows in [(ALL, torch.stack(list(means.values())).mean(0)), *means.items()]:
         weights: Weights = dict(zip(routing["layers"], rows, strict=True))
         yield Plan(name, weights, None, False, MEAN_NOTE)
 

@@ -18,8 +18,10 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from manylora.adapter.ids import check_range
 from manylora.adapter.state import BranchState
 from manylora.evaluate.answers import left_padded
+from manylora.run import config_of
 
 BASE = "__base__"
 """PEFT's name for no adapter."""
@@ -43,7 +45,12 @@ class Batch:
         self.mask = torch.zeros(0, 0, dtype=torch.long, device=model.device)
 
     def read(self, rows: Sequence[Row], prompts: Sequence[list[int]]) -> Tensor:
-        """Fill an empty batch with prompts; logits (rows, vocabulary) of what follows them."""
+        """Fill an empty batch with prompts; logits (rows, vocabulary) of what follows them.
+
+        Raises ValueError for a row whose adapter has no such branch.
+        """
+        for row in rows:
+            self._check(row)
         ids, self.mask, positions = left_padded(list(prompts), self.pad, self.model.device)
         self.rows = list(rows)
         return self._forward(ids, positions)
@@ -85,6 +92,11 @@ class Batch:
             layer.keys = layer.keys[chosen, :, spare:]
             layer.values = layer.values[chosen, :, spare:]
 
+    def _check(self, row: Row) -> None:
+        if row.adapter != BASE:
+            branches = config_of(self.model, row.adapter).branches_of()
+            check_range(row.adapter, branches, torch.tensor(row.branch))
+
     def _layers(self) -> list[Any]:
         return list(self.cache.layers)
 
@@ -93,7 +105,8 @@ class Batch:
         # One adapter for all rows is computed without picking rows for every layer.
         alone = set(names) == {self.model.active_adapter}
         state = cast(BranchState, self.model.base_model.branch_state)
-        # Set here, not with `branch_ids`: that checks the range of the active adapter alone.
+        # Set here, not with `branch_ids`: that checks the range of the active adapter alone, and
+        # `read` has checked each row's own.
         state.ids, state.selected = torch.tensor([row.branch for row in self.rows]), False
         try:
             output: Any = self.model(
