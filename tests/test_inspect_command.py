@@ -139,6 +139,16 @@ def test_gradients_between_tasks_are_measured_when_asked_for(run: Path, tmp_path
     assert "interference" in sections(page)
 
 
+def test_a_task_is_left_out_when_asked_for(run: Path) -> None:
+    done = command("inspect", run, "--leave-out", "copy")
+    assert done.returncode == 0, done.stderr
+    assert "transfer" in sections(run / "report.html")
+    kept = read_kept(run)["transfer"]
+    assert set(kept["left_out"]) == {"copy"} and {"colour", "parity"} <= set(kept["task"])
+    wrong = command("inspect", run, "--leave-out", "chess")
+    assert wrong.returncode == 1 and "chess" in wrong.stderr and "colour" in wrong.stderr
+
+
 def test_a_plain_lora_folder_has_a_page_where_it_is_asked_for(
     tmp_path: Path, tiny_folder: Path
 ) -> None:
