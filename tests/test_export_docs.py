@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 from typer.testing import CliRunner
 
 from manylora.cli import app
@@ -30,8 +31,8 @@ def written(page: str, name: str) -> str:
     return found[1].strip()
 
 
-def static_table() -> str:
-    cells = gap_cells([Export(**fields) for fields in kept("static_export")["exports"]])
+def static_table(name: str) -> str:
+    cells = gap_cells([Export(**fields) for fields in kept(name)["exports"]])
     lines = ["| task | " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * len(COLUMNS)]
     for task, row in sorted(cells.items()):
         lines.append(f"| {task} | " + " | ".join(row[column] for column in COLUMNS) + " |")
@@ -64,8 +65,11 @@ def fuzz_sentence() -> str:
     )
 
 
-def test_the_static_table_follows_from_the_kept_result() -> None:
-    assert written("export.md", "static") == static_table()
+@pytest.mark.parametrize(
+    ("place", "name"), [("static", "static_export"), ("static long", "static_export_270_steps")]
+)
+def test_the_static_tables_follow_from_the_kept_results(place: str, name: str) -> None:
+    assert written("export.md", place) == static_table(name)
 
 
 def test_the_command_lines_are_those_that_export_prints() -> None:
