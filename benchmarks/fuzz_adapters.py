@@ -11,8 +11,6 @@ and 64 MiB, nothing executed, nothing written.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import shutil
 import sys
@@ -20,12 +18,13 @@ import tempfile
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before PEFT is imported: a folder is never looked up
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from in_children import finish, fuzz
+from in_children import command, fuzz
 
 from folder_check import CHECKPOINT, KINDS, base_model, check, make_adapter
 from folder_fuzzing import mutate
@@ -53,18 +52,11 @@ def work(kind: str, start: int, stop: int, seed: int, results: Connection) -> No
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--inputs", type=int, default=10_000, help="how many of all together")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=KINDS, action="append", help="these alone")
-    parser.add_argument("--no-keep", action="store_true", help="write no results file")
-    options = parser.parse_args()
-    kinds, results = options.only or KINDS, {}
-    for place, kind in enumerate(kinds):
-        share = len(range(place, options.inputs, len(kinds)))
-        results[kind] = fuzz(work, kind, share, options.seed, OUTCOMES)
-        print(json.dumps({kind: results[kind]}), flush=True)
-    finish(results, options.seed, "folders", None if options.no_keep else "fuzz_adapters.json")
+    command(str(__doc__), KINDS, "folders", "fuzz_adapters.json", fuzz_kind)
+
+
+def fuzz_kind(kind: str, inputs: int, seed: int) -> dict[str, Any]:
+    return fuzz(work, kind, inputs, seed, OUTCOMES)
 
 
 if __name__ == "__main__":

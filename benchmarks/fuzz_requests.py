@@ -12,8 +12,6 @@ before, and ends in order on SIGTERM.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import tempfile
 import time
@@ -25,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from in_children import finish, fuzz
+from in_children import command, fuzz
 
 from fuzz_check import ViolationError
 from request_fuzzing import KINDS, check, is_damaged, make_request
@@ -92,18 +90,7 @@ def check_alive(server: ServerProcess) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--inputs", type=int, default=10_000, help="how many of all together")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=KINDS, action="append", help="these alone")
-    parser.add_argument("--no-keep", action="store_true", help="write no results file")
-    options = parser.parse_args()
-    kinds, results = options.only or KINDS, {}
-    for place, kind in enumerate(kinds):
-        share = len(range(place, options.inputs, len(kinds)))
-        results[kind] = fuzz_kind(kind, share, options.seed)
-        print(json.dumps({kind: results[kind]}), flush=True)
-    finish(results, options.seed, "requests", None if options.no_keep else "fuzz_requests.json")
+    command(str(__doc__), KINDS, "requests", "fuzz_requests.json", fuzz_kind)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 import sys
@@ -58,6 +59,31 @@ def fuzz(work: Work, kind: str, inputs: int, seed: int, outcomes: Sequence[str])
         "slowest_seconds": round(slowest, 2),
         "seconds": round(time.perf_counter() - began, 1),
     }
+
+
+def command(
+    doc: str,
+    kinds: Sequence[str],
+    what: str,
+    file: str,
+    fuzz_kind: Callable[[str, int, int], dict[str, Any]],
+) -> None:
+    """The command line of a benchmark that shares its inputs out over kinds.
+
+    fuzz_kind(kind, inputs, seed) gives the counts that `fuzz` gives.
+    """
+    parser = argparse.ArgumentParser(description=doc)
+    parser.add_argument("--inputs", type=int, default=10_000, help="how many of all together")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=kinds, action="append", help="these alone")
+    parser.add_argument("--no-keep", action="store_true", help="write no results file")
+    options = parser.parse_args()
+    chosen, results = options.only or kinds, {}
+    for place, kind in enumerate(chosen):
+        share = len(range(place, options.inputs, len(chosen)))
+        results[kind] = fuzz_kind(kind, share, options.seed)
+        print(json.dumps({kind: results[kind]}), flush=True)
+    finish(results, options.seed, what, None if options.no_keep else file)
 
 
 def finish(results: dict[str, dict[str, Any]], seed: int, what: str, file: str | None) -> None:
