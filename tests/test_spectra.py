@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from inspect_folders import KINDS, name_of, routing_of, save_adapter
 from manylora.adapter.layer import layers_of
 from manylora.inspect.adapters import Adapter, Part, Whole, read
-from manylora.inspect.spectra import measures_of, singular_values, spectra, values_of
+from manylora.inspect.spectra import both, measures_of, singular_values, spectra, values_of
 from manylora.methods import METHODS
 from tiny import attach, tiny_llama
 
@@ -184,3 +185,10 @@ def test_small_matrices_are_computed_on_one_thread(monkeypatch: pytest.MonkeyPat
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_one_decomposition_gives_both_tables() -> None:
+    mine = adapter(up_proj=update([2.0, 1.0]), down_proj=update([3.0, 1.0, 0.5]))
+    values, measures = both(mine)
+    pd.testing.assert_frame_equal(values, singular_values(mine))
+    pd.testing.assert_frame_equal(measures, spectra(mine))

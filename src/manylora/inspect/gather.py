@@ -21,7 +21,7 @@ from manylora.inspect.kept import read_kept
 from manylora.inspect.pieces import Matrix
 from manylora.inspect.projection import State, projection
 from manylora.inspect.selector import confusion, distances
-from manylora.inspect.spectra import singular_values, spectra
+from manylora.inspect.spectra import both
 from manylora.inspect.subspaces import subspaces
 from manylora.inspect.tokens import kept_layers, tokens
 from manylora.inspect.training import training
@@ -132,9 +132,12 @@ def from_files(run: Path) -> Inspection:
 
 
 def _spectra(tables: _Tables, adapter: Adapter, kept: Iterable[str]) -> None:
-    for name, measure in (("singular_values", singular_values), ("spectra", spectra)):
+    names = ("singular_values", "spectra")
+    if set(names) <= set(kept):
+        return
+    for name, frame in zip(names, both(adapter), strict=True):
         if name not in kept:
-            tables.add(name, measure(adapter), adapter.name)
+            tables.add(name, frame, adapter.name)
 
 
 def _of_files(tables: _Tables, run: Path, name: str) -> None:

@@ -26,7 +26,7 @@ One layer after the other: copying layers of one shape into a batch takes longer
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
@@ -37,6 +37,7 @@ from manylora.inspect.long import long_form
 from manylora.inspect.places import place_of
 from manylora.inspect.threads import one_thread
 
+Place = tuple[str, str, str, int, str]
 Numbers = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 MEASURES = ("rank", "frobenius", "top1", "top_quarter", "entropy", "effective_rank", "gini")
@@ -56,17 +57,31 @@ def values_of(part: Part) -> Numbers:
 @one_thread()
 def singular_values(adapter: Adapter) -> pd.DataFrame:
     """run, layer, module, depth, part, index (1 is the largest), value; parts as in adapters.py."""
+    return _values_table(list(_spectra(adapter)))
+
+
+@one_thread()
+def spectra(adapter: Adapter) -> pd.DataFrame:
+    """run, layer, module, depth, part and the measures above, one row for each part of a layer."""
+    return _measures_table(list(_spectra(adapter)))
+
+
+@one_thread()
+def both(adapter: Adapter) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """What `singular_values` and `spectra` give, from one decomposition of each part."""
     found = list(_spectra(adapter))
+    return _values_table(found), _measures_table(found)
+
+
+def _values_table(found: Sequence[tuple[Place, Numbers]]) -> pd.DataFrame:
     values = [values for _, values in found]
     index = [np.arange(1, len(own) + 1) for own in values]
     places = [place for place, _ in found]
     return long_form(_PLACE, places, {"index": index, "value": values})
 
 
-@one_thread()
-def spectra(adapter: Adapter) -> pd.DataFrame:
-    """run, layer, module, depth, part and the measures above, one row for each part of a layer."""
-    rows = [(*place, *measures_of(values)) for place, values in _spectra(adapter)]
+def _measures_table(found: Sequence[tuple[Place, Numbers]]) -> pd.DataFrame:
+    rows = [(*place, *measures_of(values)) for place, values in found]
     return pd.DataFrame(rows, columns=[*_PLACE, *MEASURES])
 
 
@@ -85,7 +100,7 @@ def measures_of(sigma: Numbers) -> tuple[int, float, float, float, float, float,
     return (k, size, float(p[0]), top_quarter, entropy, float(np.exp(entropy)), gini)
 
 
-def _spectra(adapter: Adapter) -> Iterator[tuple[tuple[str, str, str, int, str], Numbers]]:
+def _spectra(adapter: Adapter) -> Iterator[tuple[Place, Numbers]]:
     for layer in adapter.layers:
         for name, part in adapter.parts(layer).items():
             yield (adapter.name, layer, *place_of(layer), name), values_of(part)
