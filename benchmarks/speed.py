@@ -89,13 +89,20 @@ def show(path: Path, plots: Path | None, shape: Shape, of: str | None = None) ->
     print(results.table(rows) + "\n")
     for target in results.targets(rows):
         print(target)
-    beside = path.parent / MERGED
-    for row in results.read(beside, of) if beside.is_file() else []:
+    for row in merged_rows(path.parent / MERGED, rows[0]["commit"]):
         ratio = results.times(row, results.frozen_of(rows, row))
         if ratio is not None:
             print(f"{row['mode']}, frozen with merged input gradients / frozen: {ratio:.3f}")
     if plots is not None:
         print("\n" + "\n".join(map(str, draw(rows, plots, shape))))
+
+
+def merged_rows(path: Path, commit: str) -> list[results.Raw]:
+    """Those of a commit; none where it measured none."""
+    try:
+        return results.read(path, commit)
+    except ValueError:
+        return []
 
 
 def main() -> int:

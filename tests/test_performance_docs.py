@@ -29,14 +29,58 @@ def page() -> str:
     return (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
 
 
-def test_the_tables_of_a_step_follow_from_the_rows(page: str) -> None:
-    rows = results.read(KEPT / "speed.jsonl")
-    commit = rows[0]["commit"]
-    main = [row for row in rows if row["tokens"] == 8192]
-    others = [row for row in rows if row["tokens"] != 8192]
-    assert all(len(row["step_ms"]) >= results.LEAST_STEPS for row in main)
-    assert written(page, f"speed {commit}") == results.table(main, KEYS)
-    assert written(page, f"sweep {commit}") == results.table(others, SWEPT)
+def commit_of(page: str, name: str) -> str:
+    """The commit whose rows a table of the page shows."""
+    found = re.search(rf"<!-- {name} (\w+) -->", page)
+    assert found is not None, name
+    return found[1]
+
+
+@pytest.fixture(scope="module")
+def workload(page: str) -> list[results.Raw]:
+    """The rows at the reference workload, of the last commit that measured them."""
+    rows = results.read(KEPT / "speed.jsonl", commit_of(page, "speed"))
+    lines = (KEPT / "speed.jsonl").read_text(encoding="utf-8").splitlines()
+    measured = [row for row in map(json.loads, lines) if row["tokens"] == 8192]
+    assert measured[-1]["commit"] == rows[0]["commit"]
+    return [row for row in rows if row["tokens"] == 8192]
+
+
+def test_the_tables_of_a_step_follow_from_the_rows(page: str, workload: list[results.Raw]) -> None:
+    swept = results.read(KEPT / "speed.jsonl", commit_of(page, "sweep"))
+    assert written(page, f"speed {workload[0]['commit']}") == results.table(workload, KEYS)
+    assert written(page, f"sweep {swept[0]['commit']}") == results.table(swept, SWEPT)
+    for row in (*workload, *swept):
+        assert len(row["step_ms"]) >= results.LEAST_STEPS or row["error"] == "out of memory"
+
+
+def test_what_is_said_of_small_steps_follows_from_the_rows(page: str) -> None:
+    rows = results.read(KEPT / "speed.jsonl", commit_of(page, "sweep"))
+
+    def of_peft(mode: str, method: str, tokens: int, dropout: float) -> str:
+        same = {"mode": mode, "tokens": tokens, "dropout": dropout, "r": 16}
+        found = results.find(rows, method=method, adapter_dtype="bfloat16", **same)
+        assert found is not None
+        ratio = results.times(found, results.peft_of(rows, found))
+        assert ratio is not None
+        return f"{ratio:.2f}"
+
+    lora, hydra, lora_c, hydra_c = (
+        of_peft(mode, method, 2048, 0.0)
+        for mode in ("eager", "compiled")
+        for method in ("lora", "hydralora")
+    )
+    words = [f"{lora} of PEFT's step eager and {lora_c} compiled, HydraLoRA {hydra} and {hydra_c}"]
+    a, b, c, d = (
+        of_peft(mode, method, 4096, 0.05)
+        for method in ("lora", "hydralora")
+        for mode in ("eager", "compiled")
+    )
+    words.append(f"LoRA takes {a} and {b} of PEFT's, HydraLoRA {c} and {d}")
+    small = [of_peft(mode, "hydralora", 2048, 0.05) for mode in ("eager", "compiled")]
+    words.append(f"HydraLoRA {small[0]} and {small[1]}")
+    for one in words:
+        assert one in " ".join(page.split())
 
 
 def test_the_table_of_energy_follows_from_its_blocks(page: str) -> None:
@@ -55,13 +99,13 @@ def test_the_table_of_dropout_follows_from_its_rows(page: str) -> None:
             assert f"| {' | '.join(map(str, cells))} |" in written(page, "dropout")
 
 
-def test_the_newest_rows_meet_the_targets() -> None:
-    for target in results.targets(results.read(KEPT / "speed.jsonl")):
+def test_the_newest_rows_meet_the_targets(workload: list[results.Raw]) -> None:
+    for target in results.targets(workload):
         assert str(target).endswith(", met"), target
 
 
-def test_the_readme_says_what_the_rows_say() -> None:
-    rows = results.read(KEPT / "speed.jsonl")
+def test_the_readme_says_what_the_rows_say(workload: list[results.Raw]) -> None:
+    rows = workload
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     ratios = {}
     for mode in ("eager", "compiled"):
