@@ -140,7 +140,8 @@ def recipe_of(part: Part, data: Path, model: str | None = None) -> Recipe:
     values: dict[str, Any] = {
         "data": str(data),
         "dtype": "bfloat16",
-        "max_length": 512,
+        "max_length": 1024,
+        "packing": True,
         "validation": 0.1,
         "train": {"epochs": part.epochs, "batch_size": 16},
         "evaluate": {"rows_per_task": 200, "batch_size": 64, "generate": False},

@@ -6,7 +6,9 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -81,6 +83,61 @@ def test_a_branch_is_chosen_from_the_prompt_and_not_from_the_answer(recipe: Reci
     data = dataset_of(ground.test, ground.tasks, ground.encoder)
     batch = ground.collator()([data[i] for i in range(len(data))])
     assert batch["task_ids"].tolist() == alone
+
+
+def with_long_rows(recipe: Recipe, folder: Path) -> Recipe:
+    """Its data with some rows that are long enough for others to share one."""
+    folder.mkdir()
+    for file in Path(str(recipe.data)).glob("*.jsonl"):
+        lines = file.read_text(encoding="utf-8").splitlines()
+        first = json.loads(lines[0])
+        longer = [json.dumps({**first, "output": f"{first['output']} {i} " * 9}) for i in range(9)]
+        (folder / file.name).write_text("\n".join([*lines, *longer]), encoding="utf-8")
+    return recipe.model_copy(update={"data": str(folder)})
+
+
+def test_packing_changes_neither_the_choice_nor_what_is_learned(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    recipe = with_long_rows(recipe, tmp_path / "data")
+    ground = prepare_ground(recipe, QUIET, "selector")
+    data = dataset_of(ground.train, ground.tasks, ground.encoder)
+    rows = [data[i] for i in range(len(data))]
+    padded, packed = ground.collator()(rows), ground.collator(packing=True)(rows)
+    assert packed["input_ids"].shape[0] < padded["input_ids"].shape[0]
+    by_source = dict(zip(padded["sources"], padded["task_ids"].tolist(), strict=True))
+    starts = (packed["position_ids"] == 0) & packed["token_mask"].bool()
+    assert packed["task_ids"][starts].tolist() == [by_source[one] for one in packed["sources"]]
+    cell = Cell(branch_per_task(recipe), 1e-2, 0, "rate")
+    (_, one), (_, other) = (
+        run_cell(replace(ground, recipe=recipe.model_copy(update={"packing": on})), cell, "one")
+        for on in (False, True)
+    )
+    assert one["example"].equals(other["example"]) and one["tokens"].equals(other["tokens"])
+    np.testing.assert_allclose(one["nll"], other["nll"], rtol=1e-4)
+
+
+def test_a_method_with_tokens_of_its_own_is_not_packed(recipe: Recipe, tmp_path: Path) -> None:
+    packed = recipe.model_copy(update={"packing": True})
+    with pytest.raises(ValueError, match=r"Prompt tuning .* puts tokens of its own before a row"):
+        compare(packed, ["prompt_tuning"], "lora:r=1", 1, 1e-2, tmp_path / "c", 1, QUIET)
+
+
+@pytest.mark.parametrize(
+    ("train", "said"),
+    [
+        ({"rates": {"B": 4.0}}, "train.rates=.*leave it out"),
+        ({"weight_decays": {"A": 0.1}}, "train.weight_decays=.*leave it out"),
+        ({"early_stopping": 2, "evaluate_every": 2}, "train.early_stopping=2.*leave it out"),
+    ],
+)
+def test_what_a_comparison_does_not_do_is_refused(
+    recipe: Recipe, train: dict[str, Any], said: str
+) -> None:
+    values = recipe.model_dump(mode="json")
+    values["train"] |= train
+    with pytest.raises(ValueError, match=said):
+        prepare_ground(parse_recipe(values), QUIET)
 
 
 def test_a_selectors_numbers_count_for_those_who_need_it(recipe: Recipe) -> None:

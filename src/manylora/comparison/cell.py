@@ -156,7 +156,7 @@ def _train(ground: Ground, recipe: Recipe, model: Any, use_ids: bool) -> tuple[i
         model=model,
         args=training_arguments(recipe, batch, device),
         train_dataset=dataset_of(ground.train, ground.tasks, ground.encoder),
-        data_collator=ground.collator(),
+        data_collator=ground.collator(recipe.packing),
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()

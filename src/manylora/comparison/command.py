@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
+from transformers import PreTrainedModel
 
 from manylora.base import load_model
 from manylora.comparison.contenders import Contender, contenders
@@ -33,6 +34,7 @@ from manylora.energy import require_codecarbon
 from manylora.recipe import Recipe
 from manylora.report.comparison import write_comparison_page
 from manylora.training.checkpoints import write_atomically
+from manylora.training.packing import PackingError, check_packing
 
 PAGE_FILE, TABLES_FILE = "comparison.html", "comparison.md"
 
@@ -77,6 +79,8 @@ def compare(
     adapter = recipe.adapter.model_dump(exclude_unset=True)
     numbers = 0 if ground.selector is None else ground.selector.size
     params, found = contenders(methods, budget, base, len(ground.tasks), adapter, numbers)
+    if recipe.packing:
+        _check_packing(base, found)
     del base
     for contender in found:
         console.print(
@@ -91,6 +95,17 @@ def compare(
     comparison = _said(ground, grid, found, rates, budget, params, seeds)
     write(comparison, grid.store.rows(list(grid.keys.values())), output)
     return comparison
+
+
+def _check_packing(base: PreTrainedModel, found: Sequence[Contender]) -> None:
+    """PackingError where packed examples would see each other, in the base model or by a method."""
+    check_packing(base)
+    for contender in found:
+        if contender.config is not None and contender.config.is_prompt_learning:
+            raise PackingError(
+                f"packing=true: {contender.label} puts tokens of its own before a row, which all "
+                "examples packed into it would share; leave packing out, or the method"
+            )
 
 
 def rate_of(text: str) -> float | None:

@@ -13,14 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from rich.console import Console
-from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from manylora.adapter.selector import BranchSelector
 from manylora.base import load_tokenizer
 from manylora.corpus import Collator, Corpus, CorpusError, DataOptions, Encoder, Rows
-from manylora.corpus.batches import IGNORED, Row
+from manylora.corpus.batches import Row
 from manylora.corpus.split import read_rows
 from manylora.recipe import Recipe
 from manylora.training.clusters import settle
@@ -53,9 +54,9 @@ class Ground:
     def choice(self) -> Choice:
         return "told" if self.selector is None else "selector"
 
-    def collator(self) -> ChoosingCollator:
+    def collator(self, packing: bool = False) -> ChoosingCollator:
         pad: Any = self.tokenizer.pad_token_id
-        return ChoosingCollator(Collator(int(pad)), self.selector)
+        return ChoosingCollator(Collator(int(pad), packing), self.selector)
 
     def task_id(self, task: str) -> int:
         """The place of its branch; -1, the shared branch alone, for one that is not trained on."""
@@ -64,28 +65,30 @@ class Ground:
 
 @dataclass(frozen=True)
 class ChoosingCollator:
-    """A collator whose batches have the branches that a selector chose in the place of tasks."""
+    """A collator whose rows go to the branch that a selector chose, in the place of their task's.
+
+    It sees a row's prompt alone, what comes before the first learned token, and before the rows are
+    padded or packed, so neither changes what it chooses.
+    """
 
     collate: Collator
     selector: BranchSelector | None
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
-        batch = self.collate(rows)
         if self.selector is not None:
-            prompts = prompt_mask(batch["labels"], batch["token_mask"])
-            batch["task_ids"] = self.selector.select(batch["input_ids"], prompts)
-        return batch
-
-
-def prompt_mask(labels: Tensor, token_mask: Tensor) -> Tensor:
-    """Which tokens of (batch, tokens) come before the first that is learned."""
-    return ((labels != IGNORED).cumsum(1) == 0) & token_mask.bool()
+            prompts = [torch.tensor(row["input_ids"][: row["learned"][0][0]]) for row in rows]
+            ids = pad_sequence(prompts, batch_first=True)
+            lengths = torch.tensor([[len(prompt)] for prompt in prompts])
+            chosen = self.selector.select(ids, torch.arange(ids.shape[1]) < lengths).tolist()
+            rows = [{**row, "task_id": own} for row, own in zip(rows, chosen, strict=True)]
+        return self.collate(rows)
 
 
 def prepare_ground(
     recipe: Recipe, console: Console, choice: Choice = "told", unseen_data: Path | None = None
 ) -> Ground:
-    """Read the rows; ValueError when the recipe keeps no validation rows to tune the rates on.
+    """Read the rows; ValueError when the recipe keeps no validation rows to tune the rates on, or
+    asks for what a comparison does not do.
 
     unseen_data: a file or a folder, as a recipe's `data`.
     """
@@ -128,6 +131,18 @@ def _check(recipe: Recipe) -> None:
             "a comparison tunes each method's learning rate on validation rows; set "
             "validation=0.1, the share of the training rows that is kept apart for it"
         )
+    train = recipe.train
+    for name, value in (
+        ("start_from", recipe.start_from),
+        ("train.rates", train.rates),
+        ("train.weight_decays", train.weight_decays),
+        ("train.early_stopping", train.early_stopping),
+    ):
+        if value:
+            raise ValueError(
+                f"{name}={value}: a comparison trains every method from its start, for as long as "
+                "the others, at one rate of its own; leave it out"
+            )
 
 
 def _unseen(data: Path, recipe: Recipe, named: Corpus) -> Corpus:
