@@ -63,12 +63,12 @@ class Part:
 ORACLE = ("lora", "branch_per_cluster_shared", "branch_per_cluster")
 PARTS = {
     "2-oracle-4": Part(ORACLE, "lora:r=16", epochs=3, tasks=FOUR),
-    "2-oracle-26": Part(ORACLE, "lora:r=48", epochs=1),
+    "2-oracle-26": Part(ORACLE, "lora:r=52", epochs=1),
 }
 PARTS |= {
     f"3-clusters-{reading}": Part(
         ORACLE[:2],
-        "lora:r=48",
+        "lora:r=52",
         epochs=1,
         reading=reading,
         clusters=True,

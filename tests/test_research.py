@@ -162,3 +162,22 @@ def test_a_part_runs_from_files_to_kept_rows(
     assert (
         json.loads((tmp_path / "research.json").read_text())["2-oracle-4"]["budget"] == "lora:r=4"
     )
+
+
+def test_where_prompts_went_is_summed_by_task(research: ModuleType) -> None:
+    clusters = importlib.import_module("research_clusters")
+    reading = {
+        "clusters": {"one": {"sums": 6, "names": 2}, "two": {"names": 2}},
+        "test": {"sums": {"one": 3, "two": 1}, "names": {"two": 1, clusters.SHARED: 1}},
+        "unseen": {"new": {"one": 1, clusters.SHARED: 3}},
+    }
+    found = clusters.shares(reading)
+    assert found == {"clusters": 2, "pure": 0.8, "own": 0.625, "refused": 0.25, "unseen": 0.75}
+    assert clusters.task_of("nli_mnli.jsonl:17") == "nli_mnli"
+
+
+def test_the_table_of_clusters_follows_from_the_kept_counts(research: ModuleType) -> None:
+    clusters = importlib.import_module("research_clusters")
+    page = (ROOT / "docs" / "research.md").read_text(encoding="utf-8")
+    kept = json.loads(clusters.RESULT.read_text(encoding="utf-8"))
+    assert clusters.shown(kept) in page
