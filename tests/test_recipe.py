@@ -27,6 +27,16 @@ def test_changes_are_applied_and_typed() -> None:
     ).config().target_modules == {"q_proj"}
 
 
+def test_epochs_given_with_the_command_go_before_the_files_steps(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("data: d\ntrain: {max_steps: 45}\n", encoding="utf-8")
+    assert load_recipe(file).train.max_steps == 45
+    changed = load_recipe(file, ["train.epochs=2"]).train
+    assert (changed.epochs, changed.max_steps) == (2, None)
+    both = load_recipe(file, ["train.epochs=2", "train.max_steps=7"]).train
+    assert both.max_steps == 7
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -177,6 +177,10 @@ def load_recipe(path: Path | None = None, overrides: list[str] | None = None) ->
     values: dict[str, Any] = {}
     if path is not None:
         values = _read(path / RECIPE_FILE if path.is_dir() else path)
+    keys = {override.partition("=")[0] for override in overrides or []}
+    train = values.get("train")
+    if "train.epochs" in keys and "train.max_steps" not in keys and isinstance(train, dict):
+        train.pop("max_steps", None)  # else the file's would still hold, and the change do nothing
     for override in overrides or []:
         _apply(values, override)
     return parse_recipe(values, str(path) if path else "the command line")
