@@ -69,8 +69,9 @@ def _linear_in_two_steps(rest: tuple[Any, ...], x: Tensor, *tensors: Any) -> tup
     of the block, a fourth of its work, is not done again, as in a model without adapters.
     """
     n, dense, *_ = rest
-    *places, z, u = _Inside.apply(rest, x, *tensors)
-    ys = _Outputs.apply(n, dense, x, u, *places, *tensors[4:])
+    factors: list[float] = []
+    *places, z, u = _Inside.apply(rest, factors, x, *tensors)
+    ys = _Outputs.apply(n, dense, *factors, x, u, *places, *tensors[4:])
     return (*ys, z)
 
 
@@ -78,10 +79,13 @@ class _Inside(torch.autograd.Function):
     """z, u, and the gradients of all; instead of y_j an empty place for its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, rest: tuple[Any, ...], x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, rest: tuple[Any, ...], said: list[float], x: Tensor, *tensors: Any
+    ) -> tuple[Tensor, ...]:
         inputs, factors = _inputs(rest, x, tensors)
         _, _, _, _, down, ups, weights, router, seed, *numbers = inputs
-        z, u = ops.hidden(x, down, len(ups), weights, router, seed, *numbers)
+        z, u, factor = ops.hidden(x, down, len(ups), weights, router, seed, *numbers)
+        said.append(factor)  # of u
         _keep(ctx, inputs, z, factors)
         ctx.mark_non_differentiable(u)
         places = [x.new_empty(1).expand(len(x), up.shape[0]) for up in ups]
@@ -89,22 +93,24 @@ class _Inside(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        return _Linear.backward(ctx, *grads[:-1])
+        return (None, *_Linear.backward(ctx, *grads[:-1]))
 
 
 class _Outputs(torch.autograd.Function):
     """y_1, ..., y_n; keeps nothing, and hands each gradient to its place in `_Inside`."""
 
     @staticmethod
-    def forward(ctx: Any, n: int, dense: bool, x: Tensor, u: Tensor, *rest: Any) -> Any:
+    def forward(
+        ctx: Any, n: int, dense: bool, factor: float, x: Tensor, u: Tensor, *rest: Any
+    ) -> Any:
         bases, ups, biases = rest[n : 2 * n], rest[2 * n : 3 * n], rest[3 * n :]
         ctx.unused = len(rest) - n
         ctx.set_materialize_grads(False)
-        return tuple(ops.outputs(x, list(bases), list(biases), dense, list(ups), u))
+        return tuple(ops.outputs(x, list(bases), list(biases), dense, list(ups), u, factor))
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
-        return (None, None, None, None, *dys, *[None] * ctx.unused)
+        return (None, None, None, None, None, *dys, *[None] * ctx.unused)
 
 
 def _inputs(
@@ -178,4 +184,4 @@ def _traced_backward(ctx: Any, grads: list[Tensor]) -> Any:
     return _gradients(ctx, grads, through, _as_backward_work, of_down)
 
 
-ops.linear.register_autograd(_traced_backward, setup_context=_traced_keep)
+torch.library.register_autograd("manylora::linear", _traced_backward, setup_context=_traced_keep)

@@ -56,7 +56,7 @@ class Layout(NamedTuple):
 
     @property
     def only_scales(self) -> bool:
-        """Whether u is s h and nothing else."""
+        """Whether u is s h and nothing else: h is then taken for u, and s a factor of Q u."""
         apart = not (self.share_A or self.share_B) or len(self.ranks) == 1
         return self.gate == "ones" and apart and not self.shared_rank
 
@@ -116,9 +116,7 @@ def mix(
     weights: Tensor | None,
     router: Tensor | None,
 ) -> Tensor:
-    """u (T, n, m) of z (T, K), which holds n layers and perhaps padding."""
-    if layout.only_scales:
-        return by_layer(z, layout, n) * scaling
+    """u (T, n, m) of z (T, K), which holds n layers and perhaps padding; not if `only_scales`."""
     if (kernels := _kernels(z, layout)) is not None:
         given = None if weights is None else weights.expand(len(z), -1, -1)
         shape = _shape(n, layout)
@@ -150,10 +148,6 @@ def mix_backward(
     router: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """(u, dz like z, dweights like weights, drouter like router) of du (T, n, m)."""
-    if layout.only_scales:
-        dz = (du * scaling).flatten(1)
-        u = by_layer(z, layout, n) * scaling
-        return u, F.pad(dz, (0, z.shape[1] - dz.shape[1])), None, None
     if (kernels := _kernels(z, layout)) is not None:
         given = None if weights is None else weights.expand(len(z), -1, -1)
         rest = (*_shape(n, layout), given, *_shared(layout, scaling, shared_scaling))
@@ -167,7 +161,7 @@ def mix_backward(
     dz, dweights, drouter = _mix_backward(
         du, own, g, layout, scaling, shared_scaling, weights, router
     )
-    dz = torch.nn.functional.pad(dz.flatten(1), (0, z.shape[1] - n * layout.block))
+    dz = F.pad(dz.flatten(1), (0, z.shape[1] - n * layout.block))
     return u, dz, dweights, drouter
 
 

@@ -30,11 +30,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from manylora.adapter.masks import down_backward, down_product, input_gradient
-from manylora.adapter.mixing import Layout, mix, mix_backward, owners
+from manylora.adapter.mixing import Layout, by_layer, mix, mix_backward, owners
 from manylora.methods import Branches
+
+
+def _registered(name: str, function: Any, shapes: Any) -> Any:
+    """The function as an operation of torch. shapes: the same on tensors that have nothing else.
+
+    torch.library.custom_op does as much and more, which takes longer than a small product.
+    """
+    full = f"manylora::{name}"
+    torch.library.define(full, torch.library.infer_schema(function, mutates_args=()))
+    torch.library.impl(full, "CompositeExplicitAutograd", function)
+    torch.library.register_fake(full, shapes)
+    return getattr(torch.ops.manylora, name).default
 
 
 def fold_scale(B: Tensor, branches: Branches, scale: Tensor | None) -> Tensor:
@@ -74,8 +85,8 @@ def forward(
         layout: `mixing.Layout`, the same for all layers. scaling: s. shared_scaling: s0.
     """
     numbers = (layout, scaling, shared_scaling, dropout)
-    z, u = hidden(x, down, len(ups), weights, router, seed, *numbers)
-    return [*outputs(x, bases, biases, dense, ups, u), z]
+    z, u, factor = hidden(x, down, len(ups), weights, router, seed, *numbers)
+    return [*outputs(x, bases, biases, dense, ups, u, factor), z]
 
 
 def hidden(
@@ -89,12 +100,14 @@ def hidden(
     scaling: float,
     shared_scaling: float,
     dropout: float,
-) -> tuple[Tensor, Tensor]:
-    """z and u (T, n, m)."""
+) -> tuple[Tensor, Tensor, float]:
+    """z, u (T, n, m), and the factor that is missing in u."""
     lay = Layout.decode(layout)
     with _as_is(x):
         z = down_product(x, down, lay, dropout, seed)
-        return z, mix(z, n, lay, scaling, shared_scaling, weights, router)
+        if lay.only_scales:
+            return z, by_layer(z, lay, n), scaling
+        return z, mix(z, n, lay, scaling, shared_scaling, weights, router), 1.0
 
 
 def outputs(
@@ -104,23 +117,39 @@ def outputs(
     dense: bool,
     ups: list[Tensor],
     u: Tensor,
+    factor: float,
 ) -> list[Tensor]:
-    """y_1, ..., y_n."""
+    """y_1, ..., y_n; factor: of u."""
     with _as_is(x):
+        starts = biases if dense else bases
+        ys = [
+            times(u[:, j], up.t(), factor, starts[j] if starts else None)
+            for j, up in enumerate(ups)
+        ]
         if not dense:
-            return [torch.addmm(y, u[:, j], ups[j].t()) for j, y in enumerate(bases)]
-        own: list[Any] = [*biases] or [None] * len(bases)
-        ys = [F.linear(u[:, j], ups[j], bias) for j, bias in enumerate(own)]
+            return ys
         return [y.addmm_(x, base.t()) for y, base in zip(ys, bases, strict=True)]
 
 
-linear = torch.library.custom_op("manylora::linear", forward, mutates_args=())
+def times(
+    a: Tensor, b: Tensor, factor: float, start: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """factor a b + start, rounded once."""
+    if start is None and factor == 1:
+        return torch.mm(a, b, out=out)
+    if start is None:
+        return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=factor, out=out)
+    return torch.addmm(start, a, b, alpha=factor, out=out)
 
 
-@linear.register_fake
-def _(x: Tensor, bases: list[Tensor], biases: Any, dense: bool, down: Tensor, *rest: Any) -> Any:
+def _forward_shapes(
+    x: Tensor, bases: list[Tensor], biases: Any, dense: bool, down: Tensor, *rest: Any
+) -> Any:
     widths = [base.shape[0] if dense else base.shape[1] for base in bases]
     return [x.new_empty(x.shape[0], width) for width in [*widths, down.shape[0]]]
+
+
+linear = _registered("linear", forward, _forward_shapes)
 
 
 def backward(
@@ -144,35 +173,41 @@ def backward(
     dz: of what else reads z (a balance loss). bases: W_j of dense layers, else empty.
     """
     lay, n = Layout.decode(layout), len(ups)
+    factor, dweights, drouter = (scaling if lay.only_scales else 1.0), None, None
     with _as_is(z):
-        du = z.new_empty(len(z), n, ups[0].shape[1])
+        if lay.only_scales:  # what is du then is dz too
+            own = _padded_with_zeros(z, n * lay.block)
+            du = by_layer(own, lay, n)
+        else:
+            du = z.new_empty(len(z), n, ups[0].shape[1])
         for j, (dy, up) in enumerate(zip(dys, ups, strict=True)):
-            torch.mm(dy, up, out=du[:, j])
-        u, own, dweights, drouter = mix_backward(
-            du, z, n, lay, scaling, shared_scaling, weights, router
-        )
-        dups = [dy.t() @ u[:, j] for j, dy in enumerate(dys)]
+            times(dy, up, factor, out=du[:, j])
+        if lay.only_scales:
+            u = by_layer(z, lay, n)
+        else:
+            u, own, dweights, drouter = mix_backward(
+                du, z, n, lay, scaling, shared_scaling, weights, router
+            )
+        dups = [times(dy.t(), u[:, j], factor) for j, dy in enumerate(dys)]
         dz = own if dz is None else own + dz
-        dx = None
+        dx = z.new_empty(0)
         if wants_x:
             dx = input_gradient(dz, down, lay, dropout, seed)
             for dy, base in zip(dys, bases, strict=False):
                 dx.addmm_(dy, base)
-    left_out = [z.new_empty(0) for _ in range(3)]
-    return [
-        left_out[0] if dx is None else dx,
-        dz,
-        *dups,
-        left_out[1] if dweights is None else dweights,
-        left_out[2] if drouter is None else drouter,
-    ]
+        rest = [z.new_empty(0) if one is None else one for one in (dweights, drouter)]
+    return [dx, dz, *dups, *rest]
 
 
-linear_gradients = torch.library.custom_op("manylora::linear_gradients", backward, mutates_args=())
+def _padded_with_zeros(z: Tensor, width: int) -> Tensor:
+    """An empty tensor like z, but for the columns from width on."""
+    dz = z.new_empty(z.shape)
+    if width < z.shape[1]:
+        dz[:, width:] = 0
+    return dz
 
 
-@linear_gradients.register_fake
-def _(
+def _backward_shapes(
     dys: list[Tensor],
     dz: Tensor | None,
     z: Tensor,
@@ -193,6 +228,9 @@ def _(
     ]
 
 
+linear_gradients = _registered("linear_gradients", backward, _backward_shapes)
+
+
 def backward_down(
     dz: Tensor, x: Tensor, seed: Tensor | None, layout: list[int], dropout: float
 ) -> Tensor:
@@ -201,12 +239,11 @@ def backward_down(
         return down_backward(dz, x, Layout.decode(layout), dropout, seed)
 
 
-down_gradient = torch.library.custom_op("manylora::down_gradient", backward_down, mutates_args=())
-
-
-@down_gradient.register_fake
-def _(dz: Tensor, x: Tensor, *rest: Any) -> Any:
+def _backward_down_shapes(dz: Tensor, x: Tensor, *rest: Any) -> Any:
     return x.new_empty(dz.shape[1], x.shape[1])
+
+
+down_gradient = _registered("down_gradient", backward_down, _backward_down_shapes)
 
 
 def _as_is(x: Tensor) -> Any:
