@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 import manylora
-from manylora.adapter.layer import ManyLoraLayer
+from manylora.adapter.layer import ManyLoraLayer, layers_of, modules_around
 from manylora.adapter.state import BranchState
 from tiny import VOCAB, attach, tiny_llama
 
@@ -255,3 +255,34 @@ def test_reentrant_checkpointing_is_refused_only_where_ids_matter() -> None:
     hydra = adapted({"method": "hydralora"})
     hydra.gradient_checkpointing_enable({"use_reentrant": True})
     assert gradients(hydra, (0, 1))
+
+
+def test_ids_that_change_inside_the_context_are_those_that_count() -> None:
+    model, ids = adapted(SHARED), torch.tensor([0, 1, 2, -1])
+    wanted = logits(model, IDS)
+    with torch.no_grad(), manylora.branch_ids(model, ids):
+        first = model(input_ids=X).logits
+        ids.copy_(IDS)
+        second = model(input_ids=X).logits
+    assert torch.equal(second, wanted) and not torch.equal(first, wanted)
+
+
+def test_what_is_made_of_the_ids_serves_training_after_inference() -> None:
+    model = adapted(SHARED)
+    with manylora.branch_ids(model, IDS):
+        with torch.inference_mode():
+            model(input_ids=X)
+        loss = model(input_ids=X, labels=X).loss
+    loss.backward()
+    trained = [p.grad for p in model.parameters() if p.requires_grad]
+    assert all(grad is not None and bool(grad.isfinite().all()) for grad in trained)
+    assert not state(model).made  # nothing of a batch outlives its context
+
+
+def test_the_adapted_layers_are_found_wherever_they_are() -> None:
+    model = adapted(SHARED)
+    model.again = model.base_model  # a module in two places
+    assert layers_of(model) == [m for m in model.modules() if isinstance(m, ManyLoraLayer)]
+    around = dict(modules_around(model))
+    named = dict(model.named_modules())
+    assert around.items() <= named.items() and len(around) < len(named)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from manylora.adapter.layer import layers_of
+from manylora.adapter.layer import layers_of, modules_around
 from manylora.adapter.state import BranchState
 from manylora.methods import Branches
 
@@ -101,7 +101,7 @@ def check_range(adapter: str, branches: Branches, ids: Tensor) -> None:
     """
     if not branches.needs_ids or not ids.numel():
         return
-    low, high = int(ids.min()), int(ids.max())
+    low, high = torch.stack(torch.aminmax(ids)).tolist()  # waits for a GPU once
     if not -1 <= low <= high < branches.choices:
         raise ValueError(
             f"branch_ids: ids must be in -1..{branches.choices - 1} (-1: the shared branch alone), "
@@ -113,12 +113,12 @@ def check_range(adapter: str, branches: Branches, ids: Tensor) -> None:
 def _restored(values: Sequence[tuple[BranchState, Tensor | None, bool]]) -> Iterator[None]:
     before = [(state, state.ids, state.selected) for state, _, _ in values]
     for state, ids, selected in values:
-        state.ids, state.selected = ids, selected
+        state.hold(ids, selected)
     try:
         yield
     finally:
         for state, ids, selected in before:
-            state.ids, state.selected = ids, selected
+            state.hold(ids, selected)
 
 
 class _KeepIds:
@@ -146,7 +146,7 @@ def _both(
 
 def keep_ids_through_checkpointing(model: nn.Module, states: Sequence[BranchState]) -> None:
     """Give every checkpointed block of a transformers model the context_fn above (idempotent)."""
-    for name, module in model.named_modules():
+    for name, module in modules_around(model):
         if getattr(module, "gradient_checkpointing", False) is not True:
             continue
         checkpoint = getattr(module, "_gradient_checkpointing_func", None)
@@ -163,6 +163,7 @@ def keep_ids_through_checkpointing(model: nn.Module, states: Sequence[BranchStat
             context_fn.states = states
             continue
         keywords = {**checkpoint.keywords, "context_fn": _KeepIds(states, context_fn)}
-        module._gradient_checkpointing_func = functools.partial(
+        block: Any = module
+        block._gradient_checkpointing_func = functools.partial(
             checkpoint.func, *checkpoint.args, **keywords
         )

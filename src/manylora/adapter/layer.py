@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -23,7 +24,7 @@ from manylora.adapter.config import ManyLoraConfig
 from manylora.adapter.init import Factor, initialize
 from manylora.adapter.mixing import Layout
 from manylora.adapter.ops import fold_scale
-from manylora.adapter.router import not_mergeable, softmax
+from manylora.adapter.router import constant_weights, not_mergeable, softmax
 from manylora.adapter.running import run
 from manylora.adapter.sharing import is_plain
 from manylora.adapter.state import BranchState, spread
@@ -168,14 +169,6 @@ class ManyLoraLayer(nn.Module, BaseTunerLayer):
             y[rows] = added.to(y.dtype)
         return y
 
-    @staticmethod
-    def constant_weights(branches: Branches, like: Tensor) -> Tensor | None:
-        """Mixing weights (N,) that depend on nothing; None means all ones."""
-        if branches.gate == "uniform":
-            n, dtype = branches.count, torch.promote_types(like.dtype, torch.float32)
-            return torch.full((n,), 1 / n, dtype=dtype, device=like.device)
-        return None
-
     def get_delta_weight(self, adapter: str, weights: Tensor | None = None) -> Tensor:
         """The weight update of an adapter, shaped like the base layer's weight.
 
@@ -220,7 +213,7 @@ class ManyLoraLayer(nn.Module, BaseTunerLayer):
         if branches.gate == "router":
             raise ValueError(not_mergeable(adapter, branches))
         if not branches.needs_ids:
-            return self.constant_weights(branches, like)
+            return constant_weights(branches, like)
         if self.state.ids is None or self.state.ids.numel() != 1:
             raise ValueError(not_mergeable(adapter, branches))
         return self.fixed_weights(adapter, int(self.state.ids))
@@ -282,7 +275,22 @@ class ManyLoraLinear(ManyLoraLayer):
 
 def layers_of(model: nn.Module) -> list[ManyLoraLayer]:
     """Every adapted layer of a model, in the order of its modules."""
-    return [module for module in model.modules() if isinstance(module, ManyLoraLayer)]
+    return [module for _, module in modules_around(model) if isinstance(module, ManyLoraLayer)]
+
+
+def modules_around(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules` without what is inside of adapted layers: a tenth of it, in less time."""
+    seen, waiting = set(), [("", model)]
+    while waiting:
+        name, module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        yield name, module
+        if not isinstance(module, ManyLoraLayer):
+            prefix = f"{name}." if name else ""
+            own = [(prefix + key, one) for key, one in module._modules.items() if one is not None]
+            waiting += reversed(own)
 
 
 def _computable(tensor: Tensor) -> Tensor:

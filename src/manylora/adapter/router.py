@@ -26,6 +26,14 @@ def softmax(logits: Tensor) -> Tensor:
     return torch.softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
+def constant_weights(branches: Branches, like: Tensor) -> Tensor | None:
+    """Mixing weights (N,) that depend on nothing; None means all ones."""
+    if branches.gate == "uniform":
+        n, dtype = branches.count, torch.promote_types(like.dtype, torch.float32)
+        return torch.full((n,), 1 / n, dtype=dtype, device=like.device)
+    return None
+
+
 def router_weights(x: Tensor, router: Tensor) -> Tensor:
     """softmax(R x) over (..., N) for x (..., features) and R (N, features)."""
     if not torch.is_autocast_enabled(x.device.type):

@@ -12,8 +12,15 @@ from torch.nn import functional as F
 from manylora.adapter import autograd, ops
 from manylora.adapter.mixing import Layout, by_layer, gates
 from manylora.adapter.recompute import factors_of
-from manylora.adapter.router import balance_loss, id_weights, itself, router_weights
+from manylora.adapter.router import (
+    balance_loss,
+    constant_weights,
+    id_weights,
+    itself,
+    router_weights,
+)
 from manylora.adapter.sharing import in_backward
+from manylora.adapter.state import BranchState
 from manylora.methods import Branches
 
 if TYPE_CHECKING:
@@ -51,7 +58,7 @@ def run(
     tensors = [layer.tensors(adapter) for layer in layers]
     weights = _weights(layers, tensors, adapter, x, ids, dropout)
     layout, tensors, weights = _as_computed(
-        branches, first.layouts[adapter], tensors, weights, ids, own_masks
+        first.state, branches, first.layouts[adapter], tensors, weights, ids, own_masks
     )
     *ys, z = autograd.apply(
         flat,
@@ -98,6 +105,7 @@ def _with_pair(
 
 
 def _as_computed(
+    state: BranchState,
     branches: Branches,
     layout: Layout,
     tensors: list[dict[str, Tensor]],
@@ -108,7 +116,7 @@ def _as_computed(
     """The layout, and the layers' tensors and weights in it, of what this call has to compute."""
     if weights is not None:
         layout = layout._replace(gate="given")
-    used = _used(branches, ids)
+    used = None if ids is None else state.once(ids, branches, lambda: _used(branches, ids))
     if used is not None and weights is not None:
         layout = layout._replace(ranks=(branches.ranks[0],) * len(used))
         tensors = [_only(t, branches, used) for t in tensors]
@@ -205,14 +213,20 @@ def _weights(
     dropout: float,
 ) -> Tensor | None:
     """Mixing weights (T or 1, n or 1, N); None where they are ones, or come from z."""
-    branches, prompt = layers[0].branches[adapter], layers[0].state.prompt
-    if branches.gate == "router" and prompt is not None and not prompt.reads(layers[0], x):
+    first, branches = layers[0], layers[0].branches[adapter]
+    prompt = first.state.prompt
+    if branches.gate == "router" and prompt is not None and not prompt.reads(first, x):
         return prompt.weights(layers, adapter)
-    if branches.gate in ("uniform", "one_hot"):  # the same for all
+    if branches.gate == "one_hot" and ids is not None:  # the same for all layers of the model
+        key = (branches.count, x.shape[:-1], x.dtype, x.device)
+        return first.state.once(
+            ids, key, lambda: _by_token([id_weights(branches, ids, None, x, first.name)], x)
+        )
+    if branches.gate == "uniform":  # the same for these
         layers = layers[:1]
     found: list[Tensor] = []
     for layer, t in zip(layers, tensors, strict=False):
-        g = layer.constant_weights(branches, x)
+        g = constant_weights(branches, x)
         if branches.needs_ids:
             g = id_weights(branches, ids, t.get("gate"), x, layer.name)
         elif branches.gate == "router" and branches.router_input == "Ax" and dropout:
@@ -220,9 +234,14 @@ def _weights(
             g = router_weights(F.linear(x.to(t["A"].dtype), t["A"]), t["router"])
         if g is None:
             return None
-        every = g if g[..., 0].numel() == 1 else g.expand(*x.shape[:-1], g.shape[-1])
-        found.append(every.reshape(-1, g.shape[-1]))
-    return torch.stack(found, 1)
+        found.append(g)
+    return _by_token(found, x)
+
+
+def _by_token(weights: list[Tensor], x: Tensor) -> Tensor:
+    """Weights of each layer (..., N) as (T or 1, layers, N)."""
+    every = [g if g[..., 0].numel() == 1 else g.expand(*x.shape[:-1], g.shape[-1]) for g in weights]
+    return torch.stack([g.reshape(-1, g.shape[-1]) for g in every], 1)
 
 
 def _note(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from manylora.adapter.sharing import SharedReads
 
 if TYPE_CHECKING:
     from manylora.adapter.prompt_mixing import PromptMixing
+
+Made = TypeVar("Made")
 
 
 @dataclass
@@ -22,6 +25,7 @@ class BranchState:
     token_mask: (batch, tokens), true where a token is not padding. shared: what siblings computed.
     recompute: whether layers compute their input again rather than keep it; None: on a GPU.
     prompt: where a router's weights of the prompt are kept; None: it mixes every token anew.
+    made: what was made of the ids, for the layers that need the same.
     """
 
     ids: Tensor | None = None
@@ -30,13 +34,31 @@ class BranchState:
     recompute: bool | None = None
     shared: SharedReads = field(default_factory=SharedReads)
     prompt: PromptMixing | None = None
+    made: dict[Hashable, tuple[Tensor, int, Any]] = field(default_factory=dict)
+
+    def hold(self, ids: Tensor | None, selected: bool) -> None:
+        self.ids, self.selected = ids, selected
+        self.made.clear()
 
     def ids_for(self, x: Tensor) -> Tensor | None:
         """The ids for a layer input x (batch, ..., in)."""
-        if self.ids is None or not self.selected or x.dim() < 3:
-            return self.ids
+        ids = self.ids
+        if ids is None or not self.selected or x.dim() < 3:
+            return ids
         # generate repeats each prompt for its beams and returned sequences.
-        return self.ids.repeat_interleave(max(1, len(x) // len(self.ids)))
+        repeats = max(1, len(x) // len(ids))
+        return self.once(ids, repeats, lambda: ids.repeat_interleave(repeats))
+
+    def once(self, ids: Tensor, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What make gives, which takes no part in a backward pass; made once of these ids."""
+        if torch.compiler.is_compiling():
+            return make()
+        key = (key, torch.is_inference_mode_enabled())
+        version = 0 if ids.is_inference() else ids._version
+        kept = self.made.get(key)
+        if kept is None or kept[0] is not ids or kept[1] != version:
+            kept = self.made[key] = (ids, version, make())
+        return cast(Made, kept[2])
 
 
 def spread(ids: Tensor, lead: torch.Size) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from manylora.adapter.layer import ManyLoraLayer
 from manylora.adapter.ops import fold_scale
+from manylora.adapter.router import constant_weights
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 """Layer name -> A (rank, in) and B (out, rank)."""
@@ -29,7 +30,7 @@ def lora_factors(
     t = {part: tensor.detach().double().cpu() for part, tensor in layer.tensors(adapter).items()}
     A, B = t["A"], fold_scale(t["B"], branches, t.get("scale"))
     if weights is None:
-        weights = layer.constant_weights(branches, t["A"])
+        weights = constant_weights(branches, t["A"])
     if weights is None:
         weights = torch.ones(branches.count)
     weights = weights.double().cpu()
