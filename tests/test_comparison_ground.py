@@ -181,6 +181,17 @@ def test_an_unseen_task_that_is_trained_on_is_refused(recipe: Recipe) -> None:
         prepare_ground(recipe, QUIET, unseen_data=Path(str(recipe.data)))
 
 
+def test_a_task_that_is_left_out_neither_chooses_the_rate_nor_counts(recipe: Recipe) -> None:
+    less = recipe.model_copy(update={"leave_out": ["copy"]})
+    for choice in ("told", "selector"):
+        ground = prepare_ground(less, QUIET, choice)  # type: ignore[arg-type]
+        for split in (ground.train, ground.validation, ground.test):
+            assert list(split) == ["colour", "parity"]
+    clusters = less.model_copy(update={"tasks": "discovered", "leave_out": ["1-copy"]})
+    with pytest.raises(ValueError, match="names clusters, but rows are scored by the tasks"):
+        prepare_ground(clusters, QUIET, "selector")
+
+
 def test_a_cell_is_kept_by_who_chose_and_what_was_scored(recipe: Recipe, unseen: Path) -> None:
     cell = Cell(branch_per_task(recipe), 1e-2, 0, "test")
     grounds = [

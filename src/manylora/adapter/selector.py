@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -178,7 +179,7 @@ class BranchSelector:
                 found = hf_hub_download(
                     adapter, SELECTOR_FILE, subfolder=subfolder, revision=revision
                 )
-            except Exception as error:
+            except RemoteEntryNotFoundError as error:
                 raise missing_selector(adapter) from error
             file = Path(found)
         return cls.load(file)

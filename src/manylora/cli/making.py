@@ -45,9 +45,10 @@ def compare(
     ] = "lora:r=16",
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each method at its rate.")] = 3,
     lr: Annotated[str, typer.Option(help="auto: tuned for each method; or one rate.")] = "auto",
-    output: Annotated[Path, typer.Option(help="The folder; a stopped one goes on.")] = Path(
-        "runs/comparison"
-    ),
+    output: Annotated[
+        Path | None,
+        typer.Option(help="The folder; a stopped one goes on. Default: the recipe's output."),
+    ] = None,
     parallel: Annotated[int, typer.Option(min=0, help="Runs side by side; 0: what fits.")] = 0,
     energy: Annotated[
         bool, typer.Option("--energy", help="Measure each run's with CodeCarbon.")
@@ -66,8 +67,10 @@ def compare(
 
     path, changes = recipe_and_changes(recipe, changes)
     names = [name.strip() for name in methods.split(",") if name.strip()]
+    read = load_recipe(path, changes)
+    output = output or (read.run if "output" in read.model_fields_set else Path("runs/comparison"))
     found = compare(
-        load_recipe(path, changes),
+        read,
         names,
         budget,
         seeds,

@@ -92,10 +92,11 @@ def prepare_ground(
 
     unseen_data: a file or a folder, as a recipe's `data`.
     """
-    _check(recipe)
-    named = read_corpus(recipe, console)
-    settled = settle(recipe, named, console)
-    scored: Corpus = settled.corpus if choice == "told" else named
+    _check(recipe, choice)
+    read = read_corpus(recipe, console)
+    settled = settle(recipe, read, console)
+    named = settled.corpus if recipe.tasks == "named" else read
+    scored = settled.corpus if choice == "told" else named
     encoder = Encoder(load_tokenizer(recipe.model), recipe.max_length)
     most = recipe.evaluate.rows_per_task
 
@@ -120,7 +121,7 @@ def prepare_ground(
     )
 
 
-def _check(recipe: Recipe) -> None:
+def _check(recipe: Recipe, choice: Choice) -> None:
     most = recipe.evaluate.rows_per_task
     if most < 2:
         raise ValueError(
@@ -130,6 +131,11 @@ def _check(recipe: Recipe) -> None:
         raise ValueError(
             "a comparison tunes each method's learning rate on validation rows; set "
             "validation=0.1, the share of the training rows that is kept apart for it"
+        )
+    if recipe.leave_out and recipe.tasks != "named" and choice == "selector":
+        raise ValueError(
+            f"leave_out={recipe.leave_out} names clusters, but rows are scored by the tasks that "
+            "the data name; leave their files out of data instead"
         )
     train = recipe.train
     for name, value in (

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from manylora.energy import energy_meter, require_codecarbon
-from manylora.speed.measure import OUT_OF_MEMORY, Measured, Say
+from manylora.speed.measure import OUT_OF_MEMORY, Measured, Say, wait_for
 
 SECONDS = 20.0  # a block: long beside the meter's samples of one second
 
@@ -60,11 +60,11 @@ def _block(one: Measured, seconds: float) -> dict[str, Any]:
     steps = max(1, ceil(1000 * seconds / median(one.step_ms)))
     contender.move(contender.device)
     contender.step()
-    _wait(contender.device)
+    wait_for(contender.device)
     with energy_meter(contender.device) as meter:
         for _ in range(steps):
             contender.step()
-        _wait(contender.device)
+        wait_for(contender.device)
     energy = meter.energy
     return {
         "steps": steps,
@@ -74,8 +74,3 @@ def _block(one: Measured, seconds: float) -> dict[str, Any]:
         "measured": energy.measured,
         "how": energy.how,
     }
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()

@@ -128,7 +128,7 @@ def _started(base: PreTrainedModel, row: Row, plan: Plan, say: Say) -> Contender
     started = time.monotonic()
     contender = Contender(base, row, plan.backend)
     contender.first_step()
-    _wait(base.device)
+    wait_for(base.device)
     words = f"{row}: first step after {time.monotonic() - started:.1f} s"
     if row.mode == "compiled":
         graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
@@ -168,6 +168,6 @@ def timed(step: Callable[[], None], count: int, device: torch.device) -> list[fl
     return [1000 * (b - a) for a, b in pairwise(clock)]
 
 
-def _wait(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
