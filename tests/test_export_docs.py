@@ -96,3 +96,16 @@ def test_every_option_on_the_pages_is_there() -> None:
         helps = [run.invoke(app, [verb, "--help"], env=wide).output for verb in verbs]
         assert len(options) > 3
         assert not [option for option in options if option not in "".join(helps)], page
+
+
+def test_the_readme_says_what_one_fit_for_all_tasks_loses() -> None:
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    column = COLUMNS.index("fit, all tasks")
+    lost = []
+    for name in ("static_export", "static_export_270_steps"):
+        cells = gap_cells([Export(**fields) for fields in kept(name)["exports"]])
+        lost.append(max(float(row[COLUMNS[column]].split()[0]) for row in cells.values()))
+    words = (
+        f"lost at most {lost[0]:.1f} % of what training gave after 45 steps, and {lost[1]:.1f} %"
+    )
+    assert f"one fit for all of the quickstart's tasks {words}" in readme

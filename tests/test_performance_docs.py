@@ -116,6 +116,13 @@ def test_the_readme_says_what_the_rows_say(workload: list[results.Raw]) -> None:
     (a, b), (c, d) = ratios["eager"], ratios["compiled"]
     words = f"takes {a:.2f} of a frozen step (compiled {c:.2f}) and its memory, {b:.2f} ({d:.2f})"
     assert words in " ".join(readme.split())
+    of_loop = []
+    for mode in ("eager", "compiled"):
+        at = {"mode": mode, "checkpointing": True, "n": 3}
+        ours, loop = (results.find(rows, method=m, **at) for m in ("hydralora", "loop_hydralora"))
+        of_loop.append(results.times(ours, loop))
+    words = f"with checkpointing, {of_loop[0]:.2f} ({of_loop[1]:.2f}) of the published loop"
+    assert words in " ".join(readme.split())
 
 
 def test_the_figures_of_a_cpu_follow_from_the_rows(page: str) -> None:

@@ -164,6 +164,20 @@ def test_a_part_runs_from_files_to_kept_rows(
     )
 
 
+def test_the_lead_in_the_pages_own_metric_follows_from_the_comparisons_rows(
+    research: ModuleType,
+) -> None:
+    scores = research.counted(pq.read_table(research.RESULTS / "compare.parquet"))
+    found = {one.method: one for one in research.differences(scores, "lora", "nll")}
+    for page, order in (("research", (1, 0)), ("comparison", (0, 1))):
+        text = " ".join((ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8").split())
+        both = [found["branch_per_cluster"], found["branch_per_cluster_shared"]]
+        assert not any(one.separates for one in both)
+        words = ["{:.3f} ({:.3f} to {:.3f})".format(*both[i].value) for i in order]
+        joint = " and " if page == "research" else " and, shared, "
+        assert joint.join(words) in text
+
+
 def test_where_prompts_went_is_summed_by_task(research: ModuleType) -> None:
     clusters = importlib.import_module("research_clusters")
     reading = {
