@@ -195,3 +195,17 @@ def test_the_table_of_clusters_follows_from_the_kept_counts(research: ModuleType
     page = (ROOT / "docs" / "research.md").read_text(encoding="utf-8")
     kept = json.loads(clusters.RESULT.read_text(encoding="utf-8"))
     assert clusters.shown(kept) in page
+
+
+def test_the_lengths_on_the_page_follow_from_the_rows(research: ModuleType) -> None:
+    lengths = importlib.import_module("research_lengths")
+    said = lengths.shown(json.loads(lengths.RESULT.read_text(encoding="utf-8")))
+    page = " ".join((ROOT / "docs" / "research.md").read_text(encoding="utf-8").split())
+    banking, quoref, left_out, padded = said.splitlines()
+    assert banking == "intent_banking77: 605 tokens in the median, 0 rows of at most 512"
+    assert "(605 tokens in the median), not one row fitted" in page
+    assert quoref == "rc_quoref: 47 of 100 held-out rows at most 512"
+    assert "of rc_quoref's 100 held-out rows 47" in page
+    assert left_out.startswith("6 of 10,359") and "Now 6 of 10,359 training rows" in page
+    assert padded == "188 tokens a row, 541 padded"
+    assert "has 188 tokens a row, and 541 when padded" in page
