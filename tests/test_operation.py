@@ -286,7 +286,7 @@ def test_nothing_of_a_forward_pass_is_copied_or_kept() -> None:
     model, (q, _, _) = attention()
     q(torch.randn(2, 4, 32).double())
     state = copy.deepcopy(model).base_model.branch_state.shared
-    assert state.x is None and state.aside == {}
+    assert state.kept is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

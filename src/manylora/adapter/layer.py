@@ -26,7 +26,7 @@ from manylora.adapter.mixing import Layout
 from manylora.adapter.ops import fold_scale
 from manylora.adapter.router import constant_weights, not_mergeable, softmax
 from manylora.adapter.running import run
-from manylora.adapter.sharing import is_plain
+from manylora.adapter.sharing import Group, is_plain
 from manylora.adapter.state import BranchState, spread
 from manylora.methods import Branches
 
@@ -73,6 +73,7 @@ class ManyLoraLayer(nn.Module, BaseTunerLayer):
         self.shared_scaling: dict[str, float] = {}
         self.routing_loss: dict[str, Tensor] = {}
         self.siblings: list[ManyLoraLayer] = []
+        self.group = Group()
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self.merged_adapters: list[str] = []
@@ -123,12 +124,12 @@ class ManyLoraLayer(nn.Module, BaseTunerLayer):
     def _in_one(self, x: Tensor, adapter: str) -> Tensor:
         """Base layer and adapter in one operation, with the layers that read x too."""
         shared = self.state.shared
-        taken = shared.taken(self, x)
+        taken = shared.taken(self, adapter, x)
         if taken is not None:
             return taken
         readers = shared.readers(self, adapter, x)
         ys = run(readers, adapter, x, self.state.ids_for(x))
-        shared.lay_aside(x, readers, ys)
+        shared.lay_aside(x, adapter, readers, ys)
         return ys[0]
 
     def reads_as(self, other: ManyLoraLayer, adapter: str, x: Tensor) -> bool:
@@ -137,6 +138,7 @@ class ManyLoraLayer(nn.Module, BaseTunerLayer):
             other._own_active() == [adapter]
             and not (other.disable_adapters or other.merged or other.quantization_backend)
             and self.training == other.training
+            and self.in_features == other.in_features
             and self.branches[adapter] == other.branches[adapter]
             and self.scaling[adapter] == other.scaling[adapter]
             and self.shared_scaling[adapter] == other.shared_scaling[adapter]
@@ -258,7 +260,7 @@ class ManyLoraLayer(nn.Module, BaseTunerLayer):
         if self.quantization_backend is not None:
             (self.base_layer,) = self._unmerged
         else:
-            self.set_base_weight(self._unmerged.to(self.get_base_weight().device))
+            self.set_base_weight(self._unmerged.to(self.get_base_weight()))
         self._unmerged = None
         self.merged_adapters.clear()
 

@@ -1,16 +1,17 @@
 """Layers that read the same input (q, k and v; gate and up) are computed in one operation.
 
 Siblings are layers of one module with the names in `SIBLINGS`. The first that is called computes
-for all, and lays the others' outputs aside; another takes its output only if it is called with the
-very same tensor, else it computes for itself, and what was laid aside for it is dropped. So a wrong
-guess costs time and nothing else; cross-attention, whose keys read another input, is left out.
+for those after it, and lays their outputs aside; another takes its output only if called with the
+very same tensor, by the same adapter in the same mode, and nothing was written to since; else it
+computes for itself. So a wrong guess costs time and nothing else (but torch's inference mode does
+not tell whether an input was written to in between); cross-attention is left out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,56 +28,98 @@ SIBLINGS = (
 _CROSS = ("cross", "encoder_attn", "EncDec")
 
 
+class Group:
+    """Layers of one module that may read the same input; compared by identity."""
+
+
 def find_siblings(layers: Iterable[ManyLoraLayer]) -> None:
-    """Tell each layer of a model which others read what it reads."""
+    """Tell each layer of a model which ones that come after it read what it reads."""
     by_name = {layer.name: layer for layer in layers}
+    groups: dict[tuple[str, tuple[str, ...]], Group] = {}
     for name, layer in by_name.items():
         parent, _, own = name.rpartition(".")
         names = next((names for names in SIBLINGS if own in names), ())
         if any(word in parent for word in _CROSS):
             names = ()
-        paths = [f"{parent}.{one}" if parent else one for one in names if one != own]
+        layer.group = groups.setdefault((parent, names), Group()) if names else Group()
+        after = names[names.index(own) + 1 :] if names else ()
+        paths = [f"{parent}.{one}" if parent else one for one in after]
         layer.siblings = [by_name[path] for path in paths if path in by_name]
+
+
+class Kept(NamedTuple):
+    """What one layer computed for its siblings, and for what: aside has outputs by own name, each
+    with the version of its layer's tensors; version is that of x, and changes when x is written to.
+    """
+
+    x: Tensor
+    version: int
+    group: Group
+    adapter: str
+    mode: tuple[bool, bool]
+    aside: dict[str, tuple[Tensor, int]]
 
 
 @dataclass
 class SharedReads:
-    """What the layers of one model computed for each other: outputs by own name, for the input x.
+    """What the layers of one model keep for each other; one value, so that threads do not mix."""
 
-    version: of x, which changes when x is written to.
-    """
-
-    x: Tensor | None = None
-    version: int = 0
-    aside: dict[str, Tensor] = field(default_factory=dict)
+    kept: Kept | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"x": None, "version": 0, "aside": {}}  # nothing of a forward pass is copied
+        return {"kept": None}  # nothing of a forward pass is copied
 
-    def taken(self, layer: ManyLoraLayer, x: Tensor) -> Tensor | None:
-        """What was computed for this layer and input, once."""
-        if self.x is not x or self.version != _version(x) or layer.own_name not in self.aside:
+    def aside(self, layer: ManyLoraLayer, adapter: str, x: Tensor) -> dict[str, Any]:
+        """What is kept of this layer's group for this very call."""
+        kept = self.kept
+        if kept is None or kept.x is not x or kept.group is not layer.group:
+            return {}
+        same = kept.version == _version(x) and kept.adapter == adapter and kept.mode == _mode()
+        return kept.aside if same else {}
+
+    def taken(self, layer: ManyLoraLayer, adapter: str, x: Tensor) -> Tensor | None:
+        """What was computed for this layer, once; None if its tensors have changed since."""
+        aside = self.aside(layer, adapter, x)
+        if layer.own_name not in aside:
             return None
-        y = self.aside.pop(layer.own_name)
-        if not self.aside:
-            self.x = None
-        return y
+        y, version = aside.pop(layer.own_name)
+        if not aside:
+            self.kept = None
+        return cast(Tensor, y) if version == _versions(layer, adapter) else None
 
     def readers(self, layer: ManyLoraLayer, adapter: str, x: Tensor) -> list[ManyLoraLayer]:
-        """The layers to compute with x: this one first, then siblings that can be."""
-        self.x, self.aside = None, {}
-        return [layer, *(one for one in layer.siblings if layer.reads_as(one, adapter, x))]
+        """The layers to compute with x: this one first, then siblings that can be, and are not."""
+        aside = self.aside(layer, adapter, x)
+        others = [one for one in layer.siblings if one.own_name not in aside]
+        return [layer, *(one for one in others if layer.reads_as(one, adapter, x))]
 
-    def lay_aside(self, x: Tensor, readers: list[ManyLoraLayer], ys: list[Tensor]) -> None:
-        """Keep the outputs of all readers but the first."""
-        if len(readers) > 1:
-            self.x, self.version = x, _version(x)
-            self.aside = {one.own_name: y for one, y in zip(readers[1:], ys[1:], strict=True)}
+    def lay_aside(
+        self, x: Tensor, adapter: str, readers: list[ManyLoraLayer], ys: list[Tensor]
+    ) -> None:
+        """Keep the outputs of all readers but the first, beside what is kept of the same x."""
+        first, *others = readers
+        aside = {**self.aside(first, adapter, x)}
+        for one, y in zip(others, ys[1:], strict=True):
+            aside[one.own_name] = y, _versions(one, adapter)
+        fields = x, _version(x), first.group, adapter, _mode(), aside
+        self.kept = Kept(*fields) if aside else None
+
+
+def _mode() -> tuple[bool, bool]:
+    inference = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+    return torch.is_grad_enabled(), inference
 
 
 def _version(x: Tensor) -> int:
     untracked = torch.compiler.is_compiling() or x.is_inference()
     return 0 if untracked else x._version
+
+
+def _versions(layer: ManyLoraLayer, adapter: str) -> int:
+    """Grows whenever one of a layer's tensors is written to."""
+    if torch.compiler.is_compiling():
+        return 0
+    return sum(_version(tensor) for tensor in layer.tensors(adapter).values())
 
 
 def is_plain(base: nn.Module, x: Tensor) -> bool:

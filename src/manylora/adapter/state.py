@@ -39,6 +39,7 @@ class BranchState:
     def hold(self, ids: Tensor | None, selected: bool) -> None:
         self.ids, self.selected = ids, selected
         self.made.clear()
+        self.shared.kept = None
 
     def ids_for(self, x: Tensor) -> Tensor | None:
         """The ids for a layer input x (batch, ..., in)."""
