@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -235,3 +235,13 @@ def test_float64_survives_saving_and_merging(
     model.merge_adapter()
     assert float((model(x) - live).abs().max().detach()) < 1e-11
     assert float((model.get_base_model().linear.get_base_layer()(x) - live).abs().max()) < 1e-11
+
+
+def test_merging_an_adapter_that_is_not_there_does_nothing_as_in_pefts_lora() -> None:
+    for config in (
+        LoraConfig(target_modules=["q_proj"]),
+        manylora.ManyLoraConfig(method="multilora", target_modules=["q_proj"]),
+    ):
+        model = get_peft_model(tiny_llama(), config)
+        model.merge_adapter(adapter_names=["nobody"])
+        assert not any(getattr(module, "merged", False) for module in model.modules())

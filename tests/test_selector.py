@@ -109,6 +109,16 @@ def test_forward_chooses_from_the_prompt_which_labels_mark() -> None:
     torch.testing.assert_close(out[:, 3:], expected, rtol=0, atol=1e-5)
 
 
+def test_a_mask_given_by_place_marks_the_prompt_too() -> None:
+    model = attach(tiny_llama(), method="branch_per_cluster", init_weights=False).eval()
+    model.peft_config["default"].branch_selector = fitted()
+    other = torch.tensor(prompt(*RANGES[1], 5, 26))[None]
+    x = torch.cat([other, PROMPTS[:1]], 1)  # the first part is padding, written in other tokens
+    mask = (torch.arange(x.shape[1]) >= other.shape[1]).long()[None]
+    with torch.no_grad():
+        assert torch.equal(model(x, mask).logits, model(input_ids=x, attention_mask=mask).logits)
+
+
 def test_training_under_checkpointing_uses_the_selected_branches() -> None:
     def gradients(selected: bool) -> list[Tensor]:
         model = adapted().train()

@@ -27,6 +27,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from manylora.adapter.calls import by_name, inputs_of
 from manylora.adapter.config import ManyLoraConfig, ManyLoraPeftType
 from manylora.adapter.fitting import check_loaded, check_model, check_size
 from manylora.adapter.ids import set_ids
@@ -155,7 +156,8 @@ class ManyLoraModel(BaseTuner):
 
     def _refuse_unmergeable(self, adapter_names: list[str] | None) -> None:
         ids = self.branch_state.ids
-        for name in self.active_adapters if adapter_names is None else adapter_names:
+        names = self.active_adapters if adapter_names is None else adapter_names
+        for name in (name for name in names if name in self.peft_config):
             branches = self.peft_config[name].branches_of()
             one_branch = branches.needs_ids and ids is not None and ids.numel() == 1
             if branches.gate == "router" or (branches.needs_ids and not one_branch):
@@ -178,7 +180,7 @@ class ManyLoraModel(BaseTuner):
 
         Except that PeftModelForCausalLM.forward leaves out input_ids; `forward` above sees those.
         """
-        names, inputs = kwargs.get("adapter_names"), _inputs(args, kwargs)
+        names, inputs = kwargs.get("adapter_names"), inputs_of(args, kwargs)
         handles = (
             []
             if names is None
@@ -198,6 +200,7 @@ class ManyLoraModel(BaseTuner):
     @contextmanager
     def _about_batch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
         """Tell the layers which tokens are padding, and the ids that a saved selector chooses."""
+        kwargs = by_name(self.model, args, kwargs)
         chosen = self._select(args, kwargs)
         mask, before = kwargs.get("attention_mask"), self.branch_state.token_mask
         if isinstance(mask, Tensor) and mask.dim() == 2:
@@ -218,7 +221,7 @@ class ManyLoraModel(BaseTuner):
         }
         if not selectors or self.branch_state.ids is not None or self._is_inert():
             return None
-        input_ids, cache = _inputs(args, kwargs), kwargs.get("past_key_values")
+        input_ids, cache = inputs_of(args, kwargs), kwargs.get("past_key_values")
         cached = cache is not None and cache.get_seq_length() > 0
         if input_ids is None or input_ids.is_floating_point() or cached:
             raise ValueError(
@@ -268,12 +271,6 @@ def _no_match(model: nn.Module, config: ManyLoraConfig) -> str:
         f"{where}no linear layer matches {', '.join(given)}; "
         f"this model has {', '.join(dict.fromkeys(linear)) or 'no linear layer at all'}"
     )
-
-
-def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """What forward or generate was given: token ids, or else embeddings."""
-    given = [kwargs.get("input_ids"), kwargs.get("inputs"), *args[:1], kwargs.get("inputs_embeds")]
-    return next((value for value in given if isinstance(value, Tensor)), None)
 
 
 def _select_by_row(
