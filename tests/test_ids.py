@@ -286,3 +286,15 @@ def test_the_adapted_layers_are_found_wherever_they_are() -> None:
     around = dict(modules_around(model))
     named = dict(model.named_modules())
     assert around.items() <= named.items() and len(around) < len(named)
+
+
+def test_an_id_that_an_adapter_lacks_is_refused_when_it_becomes_active_inside_the_context() -> None:
+    model = adapted({"method": "branch_per_cluster", "num_branches": 8})
+    fewer = manylora.ManyLoraConfig(method="branch_per_cluster", num_branches=3)
+    fewer.init_weights = False
+    model.add_adapter("fewer", fewer)
+    with manylora.branch_ids(model, [0, 5, 1, 2]):
+        model(input_ids=X)
+        model.set_adapter("fewer")
+        with pytest.raises(ValueError, match=r"in -1\.\.2 .* got -1\.\.5 for adapter 'fewer'"):
+            model(input_ids=X)

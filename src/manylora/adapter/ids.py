@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from manylora.adapter.layer import layers_of, modules_around
+from manylora.adapter.router import in_range
 from manylora.adapter.state import BranchState
 from manylora.methods import Branches
 
@@ -69,15 +70,16 @@ def set_ids(model: nn.Module, ids: Tensor, selected: bool = False) -> Iterator[N
     if not layers:
         raise ValueError("branch_ids: the model has no manylora layer; attach an adapter first")
     # What selectors chose, perhaps one for each row's adapter, is in range as they were loaded.
-    checked = _check(ids, [] if selected else layers)
+    checked, highest = _check(ids, [] if selected else layers)
     states = list({id(layer.state): layer.state for layer in layers}.values())
     if any(branches.needs_ids for layer in layers for branches in layer.branches.values()):
         keep_ids_through_checkpointing(model, states)
-    with _restored([(state, checked, selected) for state in states]):
+    with _restored([(state, checked, selected, highest) for state in states]):
         yield
 
 
-def _check(ids: Tensor, layers: Sequence[Any]) -> Tensor:
+def _check(ids: Tensor, layers: Sequence[Any]) -> tuple[Tensor, int]:
+    """The ids, and the highest where a layer's adapter wants them."""
     if ids.is_floating_point() or ids.dtype == torch.bool or ids.dim() > 2 or not ids.numel():
         raise ValueError(
             f"branch_ids: ids must be integers of shape (), (batch,) or (batch, tokens), "
@@ -89,9 +91,12 @@ def _check(ids: Tensor, layers: Sequence[Any]) -> Tensor:
         for name, branches in layer.branches.items()
         if name in layer.active_adapters
     }
+    if not any(branches.needs_ids for layer in layers for branches in layer.branches.values()):
+        return ids.long(), -1
+    low, high = _ends(ids)
     for name, branches in active.items():
-        check_range(name, branches, ids)
-    return ids.long()
+        in_range(name, branches, low, high)
+    return ids.long(), high
 
 
 def check_range(adapter: str, branches: Branches, ids: Tensor) -> None:
@@ -99,26 +104,30 @@ def check_range(adapter: str, branches: Branches, ids: Tensor) -> None:
 
     ids: of any shape, of the rows that use this adapter.
     """
-    if not branches.needs_ids or not ids.numel():
-        return
-    low, high = torch.stack(torch.aminmax(ids)).tolist()  # waits for a GPU once
-    if not -1 <= low <= high < branches.choices:
-        raise ValueError(
-            f"branch_ids: ids must be in -1..{branches.choices - 1} (-1: the shared branch alone), "
-            f"got {low}..{high} for adapter {adapter!r}"
-        )
+    if branches.needs_ids and ids.numel():
+        in_range(adapter, branches, *_ends(ids))
+
+
+def _ends(ids: Tensor) -> tuple[int, int]:
+    """The lowest and the highest; waits for a GPU once."""
+    low, high = torch.stack(torch.aminmax(ids)).tolist()
+    return low, high
 
 
 @contextmanager
-def _restored(values: Sequence[tuple[BranchState, Tensor | None, bool]]) -> Iterator[None]:
-    before = [(state, state.ids, state.selected) for state, _, _ in values]
-    for state, ids, selected in values:
-        state.hold(ids, selected)
+def _restored(values: Sequence[tuple[BranchState, Tensor | None, bool, int]]) -> Iterator[None]:
+    before = _held([state for state, *_ in values])
+    for state, ids, selected, highest in values:
+        state.hold(ids, selected, highest)
     try:
         yield
     finally:
-        for state, ids, selected in before:
-            state.hold(ids, selected)
+        for state, ids, selected, highest in before:
+            state.hold(ids, selected, highest)
+
+
+def _held(states: Sequence[BranchState]) -> list[tuple[BranchState, Tensor | None, bool, int]]:
+    return [(state, state.ids, state.selected, state.highest) for state in states]
 
 
 class _KeepIds:
@@ -129,7 +138,7 @@ class _KeepIds:
         self.inner = inner
 
     def __call__(self) -> Contexts:
-        replay = _restored([(state, state.ids, state.selected) for state in self.states])
+        replay = _restored(_held(self.states))
         forward, recompute = self.inner() if self.inner else (nullcontext(), nullcontext())
         return forward, _both(recompute, replay)
 

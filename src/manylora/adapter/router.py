@@ -64,6 +64,15 @@ def id_weights(
     return chosen @ rows
 
 
+def in_range(adapter: str, branches: Branches, low: int, high: int) -> None:
+    """ValueError where ids from low to high are not all the adapter's."""
+    if branches.needs_ids and not -1 <= low <= high < branches.choices:
+        raise ValueError(
+            f"branch_ids: ids must be in -1..{branches.choices - 1} (-1: the shared branch alone), "
+            f"got {low}..{high} for adapter {adapter!r}"
+        )
+
+
 def itself(tensor: Tensor) -> Tensor:
     return tensor
 
@@ -86,6 +95,16 @@ def balance_loss(weights: Tensor, kind: str, mask: Tensor | None) -> Tensor:
     total = keep.sum().clamp(min=1)
     chosen = F.one_hot(flat.argmax(-1), flat.shape[-1]).to(flat)
     return flat.shape[-1] * ((keep @ chosen / total) * (keep @ flat / total)).sum()
+
+
+class RoutingLosses(dict[str, Tensor]):
+    """Balance losses of the last forward pass by adapter; a copy or a pickle of them is empty.
+
+    They belong to that pass: the tensors of its graph can neither be copied nor pickled.
+    """
+
+    def __reduce__(self) -> tuple[type[RoutingLosses], tuple[()]]:
+        return RoutingLosses, ()
 
 
 def not_mergeable(adapter: str, branches: Branches) -> str:

@@ -16,6 +16,7 @@ from manylora.adapter.router import (
     balance_loss,
     constant_weights,
     id_weights,
+    in_range,
     itself,
     router_weights,
 )
@@ -218,6 +219,8 @@ def _weights(
     if branches.gate == "router" and prompt is not None and not prompt.reads(first, x):
         return prompt.weights(layers, adapter)
     if branches.gate == "one_hot" and ids is not None:  # the same for all layers of the model
+        if ids is first.state.ids:  # the adapter may have become active since they were checked
+            in_range(adapter, branches, -1, first.state.highest)
         key = (branches.count, x.shape[:-1], x.dtype, x.device)
         return first.state.once(
             ids, key, lambda: _by_token([id_weights(branches, ids, None, x, first.name)], x)

@@ -25,7 +25,8 @@ class BranchState:
     token_mask: (batch, tokens), true where a token is not padding. shared: what siblings computed.
     recompute: whether layers compute their input again rather than keep it; None: on a GPU.
     prompt: where a router's weights of the prompt are kept; None: it mixes every token anew.
-    made: what was made of the ids, for the layers that need the same.
+    made: what was made of the ids, for the layers that need the same. highest: of the ids, where
+    the caller said them.
     """
 
     ids: Tensor | None = None
@@ -35,9 +36,10 @@ class BranchState:
     shared: SharedReads = field(default_factory=SharedReads)
     prompt: PromptMixing | None = None
     made: dict[Hashable, tuple[Tensor, int, Any]] = field(default_factory=dict)
+    highest: int = -1
 
-    def hold(self, ids: Tensor | None, selected: bool) -> None:
-        self.ids, self.selected = ids, selected
+    def hold(self, ids: Tensor | None, selected: bool, highest: int = -1) -> None:
+        self.ids, self.selected, self.highest = ids, selected, highest
         self.made.clear()
         self.shared.kept = None
 

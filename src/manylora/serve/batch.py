@@ -107,7 +107,7 @@ class Batch:
         state = cast(BranchState, self.model.base_model.branch_state)
         # Set here, not with `branch_ids`: that checks the range of the active adapter alone, and
         # `read` has checked each row's own.
-        state.ids, state.selected = torch.tensor([row.branch for row in self.rows]), False
+        state.hold(torch.tensor([row.branch for row in self.rows]), selected=False)
         try:
             output: Any = self.model(
                 input_ids=ids,
@@ -119,7 +119,7 @@ class Batch:
                 **({} if alone else {"adapter_names": names}),
             )
         finally:
-            state.ids = None
+            state.hold(None, selected=False)
         logits: Tensor = output.logits[:, -1]
         return logits
 
