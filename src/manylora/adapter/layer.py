@@ -23,8 +23,8 @@ from transformers.pytorch_utils import Conv1D
 from manylora.adapter.config import ManyLoraConfig
 from manylora.adapter.init import Factor, initialize
 from manylora.adapter.mixing import Layout
-from manylora.adapter.ops import fold_scale
-from manylora.adapter.router import constant_weights, not_mergeable, softmax
+from manylora.adapter.ops import computable, fold_scale
+from manylora.adapter.router import RoutingLosses, constant_weights, not_mergeable, softmax
 from manylora.adapter.running import run
 from manylora.adapter.sharing import Group, is_plain
 from manylora.adapter.state import BranchState, spread
@@ -67,11 +67,11 @@ class ManyLoraLayer(nn.Module, BaseTunerLayer):
             setattr(self, attribute, nn.ModuleDict())
         self.branches: dict[str, Branches] = {}
         self.layouts: dict[str, Layout] = {}
-        self.parts: dict[str, tuple[str, ...]] = {}
+        self.parts: dict[str, dict[str, str]] = {}  # and the attributes that hold them
         self.configs: dict[str, ManyLoraConfig] = {}
         self.scaling: dict[str, float] = {}
         self.shared_scaling: dict[str, float] = {}
-        self.routing_loss: dict[str, Tensor] = {}
+        self.routing_loss: dict[str, Tensor] = RoutingLosses()
         self.siblings: list[ManyLoraLayer] = []
         self.group = Group()
         self._disable_adapters = False
@@ -90,7 +90,8 @@ class ManyLoraLayer(nn.Module, BaseTunerLayer):
         self.branches[adapter], self.configs[adapter] = branches, config
         self.scaling[adapter], self.shared_scaling[adapter] = config.scalings_of(self.name)
         shapes = branches.shapes(self.in_features, self.out_features)
-        self.layouts[adapter], self.parts[adapter] = Layout.of(branches), tuple(shapes)
+        self.layouts[adapter] = Layout.of(branches)
+        self.parts[adapter] = {part: f"manylora_{part}" for part in shapes}
         for part, shape in shapes.items():
             getattr(self, f"manylora_{part}")[adapter] = Factor(*shape)
         initialize(self.tensors(adapter), branches, config)
@@ -99,7 +100,8 @@ class ManyLoraLayer(nn.Module, BaseTunerLayer):
 
     def tensors(self, adapter: str) -> dict[str, Tensor]:
         held: Any = self._modules  # what a module looks up as an attribute takes longer
-        return {part: held[f"manylora_{part}"]._modules[adapter]() for part in self.parts[adapter]}
+        parts = self.parts[adapter].items()
+        return {part: held[name]._modules[adapter]() for part, name in parts}
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         adapter_names = kwargs.pop("adapter_names", None)
@@ -124,12 +126,14 @@ class ManyLoraLayer(nn.Module, BaseTunerLayer):
     def _in_one(self, x: Tensor, adapter: str) -> Tensor:
         """Base layer and adapter in one operation, with the layers that read x too."""
         shared = self.state.shared
-        taken = shared.taken(self, adapter, x)
+        aside = shared.aside(self, adapter, x)
+        taken = shared.taken(self, adapter, aside)
         if taken is not None:
             return taken
-        readers = shared.readers(self, adapter, x)
+        left = (one for one in self.siblings if one.own_name not in aside)
+        readers = [self, *(one for one in left if self.reads_as(one, adapter, x))]
         ys = run(readers, adapter, x, self.state.ids_for(x))
-        shared.lay_aside(x, adapter, readers, ys)
+        shared.lay_aside(x, adapter, readers, ys, aside)
         return ys[0]
 
     def reads_as(self, other: ManyLoraLayer, adapter: str, x: Tensor) -> bool:
@@ -182,7 +186,7 @@ class ManyLoraLayer(nn.Module, BaseTunerLayer):
         Raises: ValueError when the weights depend on the input and none are given.
         """
         branches, t = self.branches[adapter], self.tensors(adapter)
-        t = {part: _computable(tensor) for part, tensor in t.items()}
+        t = {part: computable(tensor) for part, tensor in t.items()}
         if weights is None:
             weights = self._merge_weights(adapter, t["A"])
         A, B = t["A"], fold_scale(t["B"], branches, t.get("scale"))
@@ -293,8 +297,3 @@ def modules_around(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             prefix = f"{name}." if name else ""
             own = [(prefix + key, one) for key, one in module._modules.items() if one is not None]
             waiting += reversed(own)
-
-
-def _computable(tensor: Tensor) -> Tensor:
-    """Half precision is multiplied in float32: slow on some CPUs otherwise, and less exact."""
-    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))

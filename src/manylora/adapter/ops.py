@@ -58,6 +58,11 @@ def fold_scale(B: Tensor, branches: Branches, scale: Tensor | None) -> Tensor:
     return B * (scale.T @ owners(branches.ranks, scale))
 
 
+def computable(tensor: Tensor) -> Tensor:
+    """Half precision is multiplied in float32: slow on some CPUs otherwise, and less exact."""
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def forward(
     x: Tensor,
     bases: list[Tensor],

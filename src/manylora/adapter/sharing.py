@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ SIBLINGS = (
     ("gate_proj", "up_proj"),
     ("w1", "w3"),
 )
+Aside = dict[str, tuple[Tensor, int]]
 _CROSS = ("cross", "encoder_attn", "EncDec")
 
 
@@ -57,7 +58,7 @@ class Kept(NamedTuple):
     group: Group
     adapter: str
     mode: tuple[bool, bool]
-    aside: dict[str, tuple[Tensor, int]]
+    aside: Aside
 
 
 @dataclass
@@ -69,7 +70,7 @@ class SharedReads:
     def __getstate__(self) -> dict[str, Any]:
         return {"kept": None}  # nothing of a forward pass is copied
 
-    def aside(self, layer: ManyLoraLayer, adapter: str, x: Tensor) -> dict[str, Any]:
+    def aside(self, layer: ManyLoraLayer, adapter: str, x: Tensor) -> Aside:
         """What is kept of this layer's group for this very call."""
         kept = self.kept
         if kept is None or kept.x is not x or kept.group is not layer.group:
@@ -77,31 +78,21 @@ class SharedReads:
         same = kept.version == _version(x) and kept.adapter == adapter and kept.mode == _mode()
         return kept.aside if same else {}
 
-    def taken(self, layer: ManyLoraLayer, adapter: str, x: Tensor) -> Tensor | None:
+    def taken(self, layer: ManyLoraLayer, adapter: str, aside: Aside) -> Tensor | None:
         """What was computed for this layer, once; None if its tensors have changed since."""
-        aside = self.aside(layer, adapter, x)
-        if layer.own_name not in aside:
-            return None
-        y, version = aside.pop(layer.own_name)
+        y, version = aside.pop(layer.own_name, (None, 0))
         if not aside:
             self.kept = None
-        return cast(Tensor, y) if version == _versions(layer, adapter) else None
-
-    def readers(self, layer: ManyLoraLayer, adapter: str, x: Tensor) -> list[ManyLoraLayer]:
-        """The layers to compute with x: this one first, then siblings that can be, and are not."""
-        aside = self.aside(layer, adapter, x)
-        others = [one for one in layer.siblings if one.own_name not in aside]
-        return [layer, *(one for one in others if layer.reads_as(one, adapter, x))]
+        return y if y is None or version == _versions(layer, adapter) else None
 
     def lay_aside(
-        self, x: Tensor, adapter: str, readers: list[ManyLoraLayer], ys: list[Tensor]
+        self, x: Tensor, adapter: str, readers: list[ManyLoraLayer], ys: list[Tensor], aside: Aside
     ) -> None:
         """Keep the outputs of all readers but the first, beside what is kept of the same x."""
-        first, *others = readers
-        aside = {**self.aside(first, adapter, x)}
-        for one, y in zip(others, ys[1:], strict=True):
+        aside = {**aside}
+        for one, y in zip(readers[1:], ys[1:], strict=True):
             aside[one.own_name] = y, _versions(one, adapter)
-        fields = x, _version(x), first.group, adapter, _mode(), aside
+        fields = x, _version(x), readers[0].group, adapter, _mode(), aside
         self.kept = Kept(*fields) if aside else None
 
 
@@ -119,7 +110,12 @@ def _versions(layer: ManyLoraLayer, adapter: str) -> int:
     """Grows whenever one of a layer's tensors is written to."""
     if torch.compiler.is_compiling():
         return 0
-    return sum(_version(tensor) for tensor in layer.tensors(adapter).values())
+    held: Any = layer._modules
+    try:
+        names = layer.parts[adapter].values()
+        return sum([held[name]._modules[adapter].weight._version for name in names])
+    except RuntimeError:  # made in inference mode, which does not count
+        return 0
 
 
 def is_plain(base: nn.Module, x: Tensor) -> bool:
