@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -94,6 +96,18 @@ def test_a_layer_holds_its_weighted_loss_after_a_training_forward(kind: str) -> 
     layer.routing_loss["default"].backward()
     assert layer.manylora_router["default"].weight.grad.any()
     assert not layer.manylora_A["default"].weight.grad.any()
+
+
+@kinds
+def test_a_model_that_holds_a_loss_can_be_copied_and_pickled(kind: str) -> None:
+    """The loss belongs to a forward pass of the original, which keeps it."""
+    model = routed_llama(kind)
+    model(IDS)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert manylora.balance_loss(other) == 0.0
+        assert torch.equal(other(IDS).logits, model(IDS).logits)
+        other_loss, loss = manylora.balance_loss(other), total(model) / len(layers_of(model))
+        assert torch.equal(other_loss, loss)
 
 
 @kinds

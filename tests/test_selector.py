@@ -82,6 +82,19 @@ def test_the_automodel_path_cannot_carry_a_selector_and_says_so(tmp_path: Path) 
         AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
 
 
+def test_a_configuration_that_peft_read_has_no_selector_and_the_error_says_what_to_do(
+    tmp_path: Path,
+) -> None:
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    config = PeftConfig.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"leave out config=, or use ManyLoraConfig"):
+        PeftModel.from_pretrained(tiny_llama(), tmp_path, config=config)
+    read = manylora.ManyLoraConfig.from_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path, config=read)
+    assert torch.equal(logits(loaded), logits(model))
+
+
 def test_a_config_without_selector_saves_none(tmp_path: Path) -> None:
     attach(tiny_llama(), method="branch_per_cluster").save_pretrained(tmp_path)
     assert not (tmp_path / "branch_selector.safetensors").exists()

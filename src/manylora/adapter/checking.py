@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,12 +185,17 @@ def _check_other(file: Path, name: str, config: ManyLoraConfig) -> None:
 
 
 def _check_saved_modules(file: Path, config: ManyLoraConfig, others: list[str]) -> None:
-    """What is trained besides the layers is among the tensors that are no layer's."""
-    wanted = [(f"modules_to_save={name[:80]!r}", name) for name in config.modules_to_save or []]
+    """What is trained besides the layers is among the tensors that are no layer's.
+
+    Of modules_to_save one will do: for a classifier PEFT names those that any model could have.
+    """
+    wanted: list[tuple[str, Sequence[str]]] = []
+    if modules := config.modules_to_save or []:
+        wanted.append((f"modules_to_save={few(map(repr, modules))}", modules))
     if config.trainable_token_indices not in (None, {}):
-        wanted.append(("trainable_token_indices", "trainable_tokens_delta"))
-    for field, part in wanted:
-        if not any(f".{part}." in f".{name}." for name in others):
+        wanted.append(("trainable_token_indices", ["trainable_tokens_delta"]))
+    for field, parts in wanted:
+        if not any(f".{part}." in f".{name}." for part in parts for name in others):
             raise AdapterFileError(
                 f"{file}: holds nothing for {field} of {CONFIG_FILE}; copy both files again"
             )

@@ -30,6 +30,12 @@ from manylora.adapter.selector import SELECTOR_FILE, BranchSelector
 from manylora.methods import Branches, Gate, RouterInput, resolve
 
 FORMAT_VERSION = 1
+# What PEFT puts into modules_to_save for a task; of DistilBERT it takes pre_classifier with it.
+HEADS = {
+    "SEQ_CLS": ("classifier", "pre_classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 
 class ManyLoraPeftType(str, enum.Enum):  # noqa: UP042  (PEFT formats it with str(); StrEnum differs)
@@ -116,7 +122,19 @@ class ManyLoraConfig(PeftConfig):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        self._leave_out_heads()
         self._check()
+
+    def _leave_out_heads(self) -> None:
+        """Of "all-linear", what PEFT trains whole for the task: it cannot be adapted too."""
+        heads = HEADS.get(str(getattr(self.task_type, "value", self.task_type)))
+        if heads is None or str(self.target_modules).lower() != "all-linear":
+            return
+        given = self.exclude_modules or []
+        if isinstance(given, str):
+            self.exclude_modules = rf"(?:{given})|(?:.*\.)?(?:{'|'.join(heads)})"
+        else:
+            self.exclude_modules = {*given, *heads}  # type: ignore[assignment]
 
     def _check(self) -> None:
         branches = resolve(self.method, **self._structure(self.r))

@@ -17,7 +17,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from manylora.adapter.checking import CONFIG_FILE, ROOT, few, is_finite
+from manylora.adapter.checking import CONFIG_FILE, ROOT, SavedAdapter, few, is_finite
 from manylora.adapter.config import ManyLoraConfig
 from manylora.adapter.saved_config import AdapterFileError, check_patterns
 from manylora.methods import PREFIX
@@ -28,7 +28,8 @@ ROOM, TIMES_THE_LAYER = 2**20, 8
 def check_model(model: nn.Module, config: ManyLoraConfig) -> None:
     """Before the model is adapted by a loaded configuration, which can hold anything.
 
-    Its patterns end, its trained tokens are in the vocabulary, its modules are in the file.
+    Its patterns end, its trained tokens are in the vocabulary, its modules are in the file: all of
+    a module for an adapter that may still be a new one, which the file then says nothing about.
     """
     saved = config.saved
     if saved is None:
@@ -47,13 +48,16 @@ def check_model(model: nn.Module, config: ManyLoraConfig) -> None:
             )
     for wanted in config.modules_to_save or []:
         for name, module in model.named_modules():
-            if f".{name}".endswith(f".{wanted}"):
+            if name.endswith(wanted):
                 own = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
                 parts = {f"{name}.{part}" for part, _ in own.named_parameters()}
-                if missing := parts - saved.others:
+                missing = parts - saved.others
+                if missing and (config.inference_mode or missing != parts):
+                    compiled = set(map(plain, missing)) & set(map(plain, saved.others))
+                    advice = "load before torch.compile" if compiled else "copy both files again"
                     raise AdapterFileError(
                         f"{saved.file}: no tensor for {few(missing)}, which {CONFIG_FILE} has in "
-                        "modules_to_save; copy both files again"
+                        f"modules_to_save; {advice}"
                     )
 
 
@@ -67,15 +71,29 @@ def check_size(
     n_in, n_out = sizes
     if config.saved is None or n_in is None or n_out is None:
         return
-    held = config.saved.layers.get(layer)
+    held = config.saved.layers.get(layer) or config.saved.layers.get(plain(layer))
     if held is not None and (held["A"][1], held["B"][0]) == sizes:
         return
     parameters = config.branches_of(layer).parameters(n_in, n_out)
-    if parameters > max(ROOM, TIMES_THE_LAYER * n_in * n_out):
+    room = max(ROOM, TIMES_THE_LAYER * n_in * n_out)
+    if parameters > room and not _changed(config, config.saved):
         raise AdapterFileError(
             f"{config.saved.file}: its ranks would take {parameters:,} parameters for {layer} of "
             f"{n_in} x {n_out}, which it does not hold; it is for another base model"
         )
+
+
+def _changed(config: ManyLoraConfig, saved: SavedAdapter) -> bool:
+    """Whether its branches were changed since it was read, which is for a new adapter."""
+    return any(
+        dict(parts) != config.branches_of(layer).shapes(parts["A"][1], parts["B"][0])
+        for layer, parts in saved.layers.items()
+    )
+
+
+def plain(name: str) -> str:
+    """A name without what torch.compile puts into those of its model."""
+    return name.replace("_orig_mod.", "")
 
 
 def check_loaded(

@@ -186,9 +186,15 @@ class BranchSelector:
 
 
 def missing_selector(where: str) -> ValueError:
+    if not where:
+        return ValueError(
+            "the configuration has selector=True, but no selector, as PeftConfig.from_pretrained "
+            "reads none: leave out config=, or use ManyLoraConfig.from_pretrained"
+        )
     return ValueError(
         f"the adapter {where} chooses its branch by a selector, but {SELECTOR_FILE} is not beside "
-        "its weights; copy the whole adapter folder, or load it with PeftModel.from_pretrained"
+        "its weights; copy the whole adapter folder, or load it with PeftModel.from_pretrained "
+        "without config= or with that of ManyLoraConfig.from_pretrained"
     )
 
 

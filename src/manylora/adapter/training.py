@@ -10,15 +10,15 @@ Without a trainer: `loss = model(**batch).loss + manylora.balance_loss(model)`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from manylora.adapter.ids import branch_ids
+from manylora.adapter.ids import branch_ids, set_ids
 from manylora.adapter.layer import ManyLoraLayer, layers_of
 
 COLUMN = "branch_ids"
@@ -122,16 +122,26 @@ class ManyLoraTrainerMixin:
         with self._ids_of(inputs):
             return super().compute_ref_log_probs(model, inputs)  # type: ignore[misc]
 
-    def _ids_of(self, inputs: dict[str, Any]) -> AbstractContextManager[None]:
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Without labels, and in generation, no loss is computed that could tell the ids."""
+        with self._ids_of(inputs, generating=True):
+            return super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+
+    def _ids_of(
+        self, inputs: dict[str, Any], generating: bool = False
+    ) -> AbstractContextManager[None]:
         """Take the ids out of the batch and tell the adapter; pairs of answers share theirs."""
-        given = inputs.pop(COLUMN, None)
+        given = inputs.pop(COLUMN, None) if isinstance(inputs, MutableMapping) else None
         if given is None:
             return nullcontext()
         ids = torch.as_tensor(given)
         rows = inputs.get("input_ids")
         if ids.dim() and rows is not None and len(rows) == 2 * len(ids):
             ids = torch.cat([ids, ids])
-        return branch_ids(self.model, ids)  # type: ignore[attr-defined]
+        mine = self.model  # type: ignore[attr-defined]
+        return _each_prompt(mine, ids) if generating and ids.dim() == 1 else branch_ids(mine, ids)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
@@ -161,6 +171,13 @@ class ManyLoraTrainerMixin:
                 trainer.compute_loss_func is not None
             )
         return int(trainer.current_gradient_accumulation_steps) if summed else 1
+
+
+@contextmanager
+def _each_prompt(model: nn.Module, ids: Tensor) -> Iterator[None]:
+    """`branch_ids`, repeated where generate repeats its prompts for beams."""
+    with branch_ids(model, ids), set_ids(model, ids, selected=True):
+        yield
 
 
 def dead_gradients(model: nn.Module, adapter: str, ids: set[int] | None = None) -> list[str]:
