@@ -10,10 +10,13 @@ from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from manylora.cli import main
+from manylora.evaluate import held_out
+from manylora.evaluate.scores import score_tasks
 from manylora.recipe import Recipe
 from manylora.train import train
 from tiny import write_tasks
@@ -117,6 +120,34 @@ def test_predict_refuses_an_unknown_task_and_a_bad_row(routed: Path, tmp_path: P
     assert "Traceback" not in done.stderr
 
 
+def test_predict_says_where_it_cannot_write(routed: Path, tmp_path: Path) -> None:
+    file = tmp_path / "ask.jsonl"
+    file.write_text('{"instruction": "colour?", "input": "sky"}\n')
+    done = command("predict", routed, file, "--output", tmp_path / "none" / "out.jsonl")
+    assert done.returncode == 1
+    assert "out.jsonl cannot be written: No such file or directory; choose" in done.stderr
+
+
+def test_a_task_is_refused_by_a_run_that_does_not_choose_by_task(
+    make_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    run = train(make_recipe(method="lora"))
+    file = tmp_path / "ask.jsonl"
+    file.write_text('{"instruction": "colour?", "input": "sky"}\n')
+    for done in (
+        command("chat", run, "--task", "colour", text="sky 1\n"),
+        command("predict", run, file, "--task", "colour"),
+    ):
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "does not choose its branch by task, so task='colour'" in done.stderr
+
+
+def test_chat_refuses_an_unknown_task_before_it_asks(routed: Path) -> None:
+    done = command("chat", routed, "--task", "nothing", text="sky 1\n")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "no task 'nothing' in this run; it has colour, copy, parity" in done.stderr
+
+
 def test_chat_answers_and_ends(routed: Path) -> None:
     done = command("chat", routed, "--max-new-tokens", 4, text="sky 1\n/new\nparity 3\n")
     assert done.returncode == 0, done.stderr
@@ -135,6 +166,23 @@ def test_eval_scores_again(routed: Path) -> None:
     done = command("eval", routed)
     assert done.returncode == 0, done.stderr
     assert (routed / "scores.json").read_text() == before
+
+
+def test_eval_scores_as_many_rows_at_a_time_as_it_is_told(
+    routed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (routed / "scores.json").read_text()
+    sizes: list[int] = []
+
+    def told(*given: Any) -> Any:
+        sizes.append(given[4])
+        return score_tasks(*given)
+
+    monkeypatch.setattr(held_out, "score_tasks", told)
+    done = command("eval", routed, "--batch-size", 2)
+    assert done.returncode == 0, done.stderr
+    assert sizes == [2, 2]
+    (routed / "scores.json").write_text(before)  # the last digits are those of the batches
 
 
 @pytest.mark.parametrize(
@@ -182,17 +230,34 @@ def test_router_export_is_refused_with_the_alternative(make_recipe: Callable[...
         (["train", "data=samples", "adapter.metod=lora"], "did you mean 'method'?"),
         (["train", "no.yaml"], "no recipe at no.yaml"),
         (["train", "data=samples", "adapter.branch_ranks=[1,2]"], "branch_ranks=[1, 2] differ"),
+        (
+            ["quickstart", "--output", "a", "output=b"],
+            "--output a and output=b are two run folders",
+        ),
         (["train", "data=samples", "seed[red]"], "'seed[red]' is not key=value"),
         (["chat", "/no/such/run"], "not a finished run"),
         (["eval", "."], "not a finished run"),
         (["train", "data=samples", "model=/no/model", "output=/tmp/never"], "/no/model"),
     ],
 )
-def test_mistakes_are_one_message_and_exit_code_1(arguments: list[str], message: str) -> None:
+def test_mistakes_are_one_message_and_exit_code_1(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # away from the runs of whoever tests
     done = command(*arguments)
     assert done.returncode == 1
     assert message in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
+
+
+def test_an_existing_path_with_an_equals_sign_is_the_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("lr=3.yaml").write_text("data: /no/such/place\n")
+    done = command("data", "lr=3.yaml")
+    assert done.returncode == 1
+    assert "/no/such/place: no such file or folder" in " ".join(done.stderr.split())
 
 
 def test_doctor_reports_without_a_recipe() -> None:

@@ -209,6 +209,19 @@ def test_energy_is_measured_and_said_how(recipe: Recipe, tmp_path: Path) -> None
     assert without.methods[0].energy_kwh is None
 
 
+def test_nothing_is_left_where_the_recipe_says_that_a_run_goes(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    monkeypatch.chdir(tmp_path)
+    compared(recipe, tmp_path / "c", methods=["lora"], rate=1e-2, seeds=1)
+    assert {path.name for path in tmp_path.iterdir()} == {"c", "scratch"}
+    assert not list(scratch.glob("manylora*"))
+    assert not recipe.run.exists()
+
+
 def test_without_validation_rows_there_is_nothing_to_tune_on(
     make_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:

@@ -221,6 +221,12 @@ def test_search_finds_the_least_loss_within_its_bounds() -> None:
     assert best_of(outwards).weights == pytest.approx([1.5, 1.5], abs=0.1)
 
 
+@pytest.mark.parametrize("budget", [1, 2, 3])
+def test_the_budget_is_what_is_tried_besides_no_weights(budget: int) -> None:
+    trials = search(lambda weights: sum((w - 1) ** 2 for w in weights), 2, budget, 0)
+    assert trials[0].weights == [0.0, 0.0] and len(trials) == 1 + budget
+
+
 def test_the_largest_budget_is_one_that_the_search_can_do() -> None:
     for count in (1, 2, 3, 6):
         budget = TRIALS_PER_WEIGHT * count

@@ -136,6 +136,30 @@ def test_several_files_and_named_tasks(tmp_path: Path) -> None:
         loaded([str(one), str(again)])
 
 
+def test_a_file_given_twice_is_refused(tmp_path: Path) -> None:
+    one = write(tmp_path / "x" / "one.jsonl", [row(1), row(2)])
+    two = write(tmp_path / "x" / "two.jsonl", [row(3), row(4)])
+    for again in (
+        [one, one],
+        [one, two, tmp_path / "x" / ".." / "x" / "one.jsonl"],
+        [two.parent] * 2,
+    ):
+        with pytest.raises(CorpusError, match=r"one.jsonl is given twice"):
+            loaded([str(path) for path in again])
+
+
+def test_data_that_name_nothing_are_not_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "one.jsonl", [row(1), row(2)])
+    monkeypatch.chdir(tmp_path)
+    nothing: tuple[Any, ...] = ("", " ", [], {}, [""], {"a": ""})
+    for data in nothing:
+        with pytest.raises(CorpusError, match="data is empty"):
+            loaded(data)
+    assert loaded(".").tasks == ["one"]
+
+
 texts = st.lists(st.sampled_from(["a", "A ", "b", "c", "d", "e"]), min_size=2, max_size=30)
 
 

@@ -162,6 +162,20 @@ def test_used_run_folder_is_refused(make_recipe: Make) -> None:
     assert (recipe.run / "mine.txt").read_text() == "keep"
 
 
+def test_validation_rows_that_nothing_reads_are_said(
+    make_recipe: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = make_recipe().model_dump() | {"validation": 0.25}
+    train(parse_recipe(values))
+    said = " ".join(capsys.readouterr().err.split())
+    assert "validation=0.25 keeps 24 rows out of training" in said
+    assert said.count("train.evaluate_every=STEPS") == 1
+    values["output"] += "-read"
+    values["train"]["evaluate_every"] = 3
+    train(parse_recipe(values))
+    assert "out of training" not in capsys.readouterr().err
+
+
 def test_unfinished_run_says_how_to_make_one(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="manylora train"):
         manylora.load(tmp_path)

@@ -37,12 +37,8 @@ def predict_file(
     encoder = Encoder(tokenizer, max_length=2**31)
     prompts = [encoder.prompt_ids(example.prompt) for example in examples]
     selector = config_of(model).branch_selector
+    _check_task(run, selector, task)
     ids = None if selector is None else _choose(selector, prompts, task)
-    if selector is None and task is not None:
-        raise CorpusError(
-            f"{run} does not choose its branch by task, so task={task!r} has no "
-            "meaning; leave it out"
-        )
     answers = generate_answers(
         model,
         prompts,
@@ -71,12 +67,23 @@ def read_prompts(file: Path, fields: Fields) -> list[Example]:
     return examples
 
 
+def _check_task(run: Path, selector: BranchSelector | None, task: str | None) -> None:
+    """Raise CorpusError for a task that the run has not, or that would choose nothing."""
+    if task is None:
+        return
+    if selector is None:
+        raise CorpusError(
+            f"{run} does not choose its branch by task, so task={task!r} has no "
+            "meaning; leave it out"
+        )
+    if task not in selector.names:
+        raise CorpusError(f"no task {task!r} in this run; it has {', '.join(selector.names)}")
+
+
 def _choose(selector: BranchSelector, prompts: Sequence[list[int]], task: str | None) -> list[int]:
     if task is None:
         ids, mask, _ = left_padded(list(prompts), 0)
         return [int(i) for i in selector.select(ids, mask)]
-    if task not in selector.names:
-        raise CorpusError(f"no task {task!r} in this run; it has {', '.join(selector.names)}")
     return [selector.names.index(task)] * len(prompts)
 
 
@@ -102,13 +109,19 @@ class Conversation:
     """A chat with a run: keeps what was said and streams each reply."""
 
     def __init__(self, run: Path, max_new_tokens: int = 512) -> None:
+        self.run = run
         self.model, self.tokenizer = load(run)
         self.max_new_tokens = max_new_tokens
         self.encoder = Encoder(self.tokenizer, max_length=2**31)
         self.messages: list[Message] = []
 
+    def check_task(self, task: str | None) -> None:
+        """Raise CorpusError for a task that the run has not, or that would choose nothing."""
+        _check_task(self.run, config_of(self.model).branch_selector, task)
+
     def say(self, text: str, show: Callable[[str], None], task: str | None = None) -> str:
         """The reply to `text`; `show` gets its pieces as they come. task: as in `predict_file`."""
+        self.check_task(task)
         self.messages.append({"role": "user", "content": text})
         ids, mask, _ = left_padded([self.encoder.prompt_ids(self.messages)], 0, self.model.device)
         selector = config_of(self.model).branch_selector
@@ -130,9 +143,16 @@ class Conversation:
 
 
 def write_rows(rows: Iterator[dict[str, Any]], output: Path) -> int:
-    """Write rows as JSON lines; returns how many."""
+    """Write rows as JSON lines; returns how many. OSError, before any is made, where it cannot."""
     count = 0
-    with output.open("w", encoding="utf-8") as file:
+    try:
+        file = output.open("w", encoding="utf-8")
+    except OSError as error:
+        raise OSError(
+            f"{output} cannot be written: {error.strerror}; choose another with --output, in a "
+            "folder that is there"
+        ) from None
+    with file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             count += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from importlib.resources import files
 from pathlib import Path
@@ -10,17 +11,17 @@ from rich.console import Console
 
 from manylora.evaluate.table import print_scores
 from manylora.export import export_lora
-from manylora.recipe import load_recipe
+from manylora.recipe import Recipe, load_recipe
 from manylora.report.page import write_report
 from manylora.train import train
 
 RECIPE = Path(str(files("manylora"))) / "quickstart.yaml"
 
 
-def quickstart(output: Path, changes: list[str], console: Console) -> None:
+def quickstart(output: Path | None, changes: list[str], console: Console) -> None:
     """Train the bundled recipe, export it, write the report and say what to try next."""
     started = time.perf_counter()
-    recipe = load_recipe(RECIPE, [f"output={output}", *changes])
+    recipe = _recipe(output, changes)
     run = train(recipe, console)
     console.print("exporting to plain PEFT, and checking that in a process without manylora")
     exports = export_lora(run, run / "export", static=True)
@@ -44,6 +45,16 @@ def quickstart(output: Path, changes: list[str], console: Console) -> None:
     out.print("\nNext:")
     for command in next_commands(run, recipe.config().method):
         out.print(f"  [bold]{command}[/bold]")
+
+
+def _recipe(output: Path | None, changes: list[str]) -> Recipe:
+    chosen = [] if output is None else [f"output={json.dumps(str(output))}"]
+    recipe = load_recipe(RECIPE, [*chosen, *changes])
+    if output is not None and recipe.run.resolve() != output.resolve():
+        raise ValueError(
+            f"--output {output} and output={recipe.output} are two run folders; give one of them"
+        )
+    return recipe
 
 
 def next_commands(run: Path, method: str) -> list[str]:

@@ -21,13 +21,16 @@ from typing import Any, Literal
 
 import yaml
 from peft import PeftConfig
-from pydantic import Field, ValidationError, create_model, model_validator
+from pydantic import Field, ValidationError, create_model, field_validator, model_validator
 
 from manylora.adapter.config import ManyLoraConfig
 from manylora.base import DEFAULT_MODEL, Dtype, Quantize, pinned
 from manylora.corpus import Corpus, Data, DataOptions, Fields, Mixture, absolute, load_corpus
+from manylora.corpus.origins import refuse_empty
 from manylora.corpus.store import Count
 from manylora.discovery.options import DiscoveryOptions
+from manylora.plain_yaml import NotYamlError, plain_yaml
+from manylora.recipe_checks import check_adapter
 from manylora.train_recipe import EvaluateRecipe, Strict, TrainRecipe
 from manylora.training.optimizer import check_parts
 
@@ -91,12 +94,19 @@ class Recipe(Strict):
     adapter: AdapterRecipe = Field(default_factory=AdapterRecipe)
     train: TrainRecipe = Field(default_factory=TrainRecipe)
     evaluate: EvaluateRecipe = Field(default_factory=EvaluateRecipe)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     output: str = "runs/latest"
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _names_data(cls, value: Any) -> Any:
+        refuse_empty("" if value is None else value)  # `data=` is null in YAML
+        return value
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
         self._settle_auto()
+        check_adapter(self.adapter.model_dump())
         check_parts(self.train, self.config())
         if self.train.evaluate_every is not None and not self.validation:
             raise ValueError(
@@ -197,10 +207,10 @@ def parse_recipe(values: dict[str, Any], where: str = "the recipe") -> Recipe:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = _plain_yaml(path.read_text(encoding="utf-8"))
+        values = plain_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecipeError(f"no recipe at {path}; write one with `manylora init DATA`") from None
-    except (_NotYamlError, UnicodeDecodeError, OSError) as error:
+    except (NotYamlError, UnicodeDecodeError, OSError) as error:
         raise RecipeError(f"{path} is not a readable YAML file: {_short(error)}") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{path} must hold `key: value` lines, found {type(values).__name__}")
@@ -219,41 +229,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
                 f"{_short(override)!r}: {_short(parent)!r} holds a value, not a group of keys"
             )
     try:
-        values[last] = _plain_yaml(text)
-    except _NotYamlError as error:
+        values[last] = plain_yaml(text)
+    except NotYamlError as error:
         raise RecipeError(f"{_short(override)!r}: the value is not YAML: {_short(error)}") from None
-
-
-class _NotYamlError(ValueError):
-    pass
-
-
-class _Loader(yaml.SafeLoader):
-    """Without aliases, a few of which can stand for more than the memory holds, or huge numbers."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise _NotYamlError("aliases (*name) are not read in a recipe; write the value out")
-        return super().compose_node(parent, index)
-
-    def construct_yaml_int(self, node: Any) -> int:
-        number = super().construct_yaml_int(node)
-        if number.bit_length() > 63:
-            raise _NotYamlError("a number of more than 63 bits")
-        return number
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
-
-
-def _plain_yaml(text: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    except _NotYamlError:
-        raise
-    # PyYAML's constructors raise whatever int(), float() and its own tables do.
-    except Exception as error:
-        raise _NotYamlError(str(error) or type(error).__name__) from None
 
 
 def _short(value: object, most: int = 200) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +26,7 @@ def recipe_and_changes(
     recipe: Path | None, changes: list[str] | None
 ) -> tuple[Path | None, list[str]]:
     """`manylora train data=x` has no recipe file: its first word is a change already."""
-    if recipe is not None and "=" in str(recipe):
+    # A path may have "=" in it too.
+    if recipe is not None and "=" in str(recipe) and not os.path.exists(recipe):
         return None, [str(recipe), *(changes or [])]
     return recipe, changes or []

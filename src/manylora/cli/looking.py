@@ -13,7 +13,9 @@ from manylora.cli.app import Changes, app, console, recipe_and_changes
 
 @app.command()
 def quickstart(
-    output: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/quickstart"),
+    output: Annotated[
+        Path | None, typer.Option(help="The run folder; default runs/quickstart.")
+    ] = None,
     changes: Changes = None,
 ) -> None:
     """Train HydraLoRA on bundled real tasks, score it, export it: a first run in minutes."""

@@ -99,7 +99,9 @@ def compose(
         Literal["products", "factors"],
         typer.Option(help="Sum of w B A, or the authors' (sum of w B) (sum of w A)."),
     ] = "products",
-    budget: Annotated[int, typer.Option(min=1, help="Vectors of weights to try.")] = 40,
+    budget: Annotated[
+        int, typer.Option(min=1, help="Vectors of weights to try, besides all 0.")
+    ] = 40,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     output: Annotated[Path, typer.Option(help="The folder to write.")] = Path("runs/composed"),
 ) -> None:

@@ -42,7 +42,10 @@ def evaluate(
         bool, typer.Option("--base", help="Benchmarks without the adapter too; twice the time.")
     ] = False,
     task: Annotated[str | None, typer.Option(help="The task whose branch answers.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Of benchmarks.")] = 16,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Rows at a time; default 16, for held-out rows the recipe's."),
+    ] = None,
 ) -> None:
     """Score a run on its held-out rows again, or with --tasks on benchmarks."""
     from manylora.report.page import PAGE_FILE, write_report
@@ -57,7 +60,8 @@ def evaluate(
         sampled = {"samples": None if samples == 1 else samples, "temperature": temperature}
         if not allow_code:
             _refuse(sampled, "for programs that the model writes; add --allow-code to run them")
-        evaluate_run(run, console, Programs(samples, temperature) if allow_code else None)
+        programs = Programs(samples, temperature) if allow_code else None
+        evaluate_run(run, console, programs, batch_size)
         write_report(run)
         print_scores(run, Console())
         return
@@ -72,7 +76,7 @@ def evaluate(
         data_dir=data_dir,
         shots=shots,
         limit=limit,
-        batch_size=batch_size,
+        batch_size=batch_size or 16,
         allow_code=allow_code,
         samples=samples,
         task=task,
@@ -122,6 +126,7 @@ def chat(
     from manylora.predict import Conversation
 
     conversation = Conversation(run, max_new_tokens)
+    conversation.check_task(task)
     while text := _ask():
         if text == "/new":
             conversation.messages.clear()

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -150,16 +151,18 @@ def _train(ground: Ground, recipe: Recipe, model: Any, use_ids: bool) -> tuple[i
     sizes = {task: len(rows) for task, rows in ground.train.items()}
     device = next(model.parameters()).device
     batch = Batch(recipe.train.batch_size, recipe.train.gradient_accumulation)
-    trainer = CellTrainer(
-        DrawOrder(sizes, recipe.mixture, recipe.seed),
-        use_ids,
-        model=model,
-        args=training_arguments(recipe, batch, device),
-        train_dataset=dataset_of(ground.train, ground.tasks, ground.encoder),
-        data_collator=ground.collator(recipe.packing),
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    # The trainer makes its output folder, though nothing is saved in it.
+    with TemporaryDirectory(prefix="manylora-compare-") as folder:
+        trainer = CellTrainer(
+            DrawOrder(sizes, recipe.mixture, recipe.seed),
+            use_ids,
+            model=model,
+            args=training_arguments(recipe.model_copy(update={"output": folder}), batch, device),
+            train_dataset=dataset_of(ground.train, ground.tasks, ground.encoder),
+            data_collator=ground.collator(recipe.packing),
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     last = losses[-max(1, len(losses) // 10) :]
     return trainer.state.global_step, float(sum(last) / len(last))

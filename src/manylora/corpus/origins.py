@@ -52,6 +52,16 @@ class Part:
         return read_examples(Path(self.where), fields, self.task, unread=unread)
 
 
+def refuse_empty(data: Data | Path) -> None:
+    """CorpusError where `data` names nothing: an empty path would be the working directory."""
+    several = list(data.values()) if isinstance(data, dict) else data
+    several = several if isinstance(several, list) else [str(several)]
+    if several and all(str(where).strip() for where in several):
+        return
+    what = "data has an empty entry" if len(several) > 1 else "data is empty"
+    raise CorpusError(f"{what}. Give a file, a folder of task files, a hub data set, or `samples`.")
+
+
 def samples_path() -> Path:
     """The folder of small real tasks that is part of the package (see DATA_LICENSES.md)."""
     return Path(str(files("manylora.corpus"))) / "samples"
@@ -74,6 +84,7 @@ def _absolute(where: str) -> str:
 
 def train_and_test(data: Data | Path) -> tuple[list[Part], list[Part]]:
     """What to train on, and what to hold out where the data say so themselves (else nothing)."""
+    refuse_empty(data)
     if isinstance(data, dict):
         parts = [part for task, where in data.items() for part in _parts(where, task)]
         return parts, []
@@ -106,9 +117,16 @@ def _parts(where: str, task: str | None = None) -> list[Part]:
 
 def _joined(several: list[str]) -> list[Part]:
     owners: dict[str, str] = {}
-    parts = []
+    parts: list[Part] = []
+    seen: set[Path | str] = set()
     for where in several:
         for part in _parts(where):
+            place = part.where if part.split else Path(part.where).resolve()
+            if place in seen:
+                raise CorpusError(
+                    f"{part.where} is given twice, so its rows would be as well. Give it once."
+                )
+            seen.add(place)
             if part.task is not None and owners.setdefault(part.task, where) != where:
                 raise CorpusError(
                     f"{where}: task {part.task!r} is in {owners[part.task]} already. Give names: "

@@ -128,12 +128,21 @@ def _notes_on_tests(tasks: Sequence[HeldOut], programs: Programs) -> list[str]:
     return notes
 
 
-def evaluate_run(run: Path, console: Console, programs: Programs | None = None) -> None:
+def evaluate_run(
+    run: Path,
+    console: Console,
+    programs: Programs | None = None,
+    batch_size: int | None = None,
+) -> None:
     """Score a finished run again, from its folder alone; rewrites what `Scorer.write` writes.
 
     programs: the user lets programs that the model writes run here, for pass@k of rows with tests.
+    batch_size: rows at a time; default the recipe's.
     """
     recipe = recipe_of(run)
+    if batch_size is not None:
+        scoring = recipe.evaluate.model_copy(update={"batch_size": batch_size})
+        recipe = recipe.model_copy(update={"evaluate": scoring})
     corpus = settle(recipe, recipe.load_corpus(), console, run / KEPT).corpus
     model, tokenizer = load(run)
     selector = config_of(model).branch_selector

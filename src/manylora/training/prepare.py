@@ -72,6 +72,8 @@ def prepare(recipe: Recipe, console: Console, kept: Path | None = None) -> Prepa
     """
     settled = settle(recipe, read_corpus(recipe, console), console, kept)
     recipe, corpus = settled.recipe, settled.corpus
+    if corpus.validation and recipe.train.evaluate_every is None:
+        _say_unread(recipe, corpus, console)
     tokenizer = load_tokenizer(recipe.model)
     encoder = Encoder(tokenizer, recipe.max_length)
     train = {task: fitting(task, rows, encoder, console) for task, rows in corpus.train.items()}
@@ -117,6 +119,17 @@ def prepare(recipe: Recipe, console: Console, kept: Path | None = None) -> Prepa
         validation,
         mixture,
         settled.folder,
+    )
+
+
+def _say_unread(recipe: Recipe, corpus: Corpus, console: Console) -> None:
+    rows = sum(map(len, corpus.validation.values()))
+    console.print(
+        f"validation={recipe.validation} keeps {rows:,} rows out of training, and nothing is "
+        "measured on them; set train.evaluate_every=STEPS, or validation=0 to train on them too",
+        style="yellow",
+        markup=False,
+        soft_wrap=True,
     )
 
 
