@@ -186,6 +186,29 @@ XFAIL: dict[tuple[str, str], str] = {
 }
 
 
+# PEFT compares a model in FSDP's hands with one that is not to 1e-5 of values near zero.
+FSDP_ROUNDS = (
+    "the adapter that is loaded again gives exactly what it gave before FSDP; in FSDP's hands "
+    "tensors lie elsewhere in memory, and products differ in their last bits (4e-6 of 10)"
+)
+FSDP_BIASES = (
+    "biases saved by bias='all' are given to an adapter that has no place for them, which is an "
+    "error here and passed over by PEFT"
+)
+
+
+def differs_under_fsdp(test: str, item: pytest.Item) -> str | None:
+    """Why one of PEFT's tests of FSDP's state dict may fail."""
+    if not test.startswith("test_save_load_roundtrip_fsdp_wrapped"):
+        return None
+    parameters = item.callspec.params  # type: ignore[attr-defined]
+    if parameters.get("bias_arg") == "bias_all" and any(
+        c.modules_to_save for c in configs_of(item)
+    ):
+        return FSDP_BIASES
+    return FSDP_ROUNDS if any(map(has_router, configs_of(item))) else None
+
+
 def has_router(config: ManyLoraConfig) -> bool:
     return config.branches_of().gate == "router"
 
@@ -244,6 +267,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         row = item.callspec.params.get("test_name", "")  # type: ignore[attr-defined]
         if (test, row) in XFAIL:
             item.add_marker(pytest.mark.xfail(reason=XFAIL[test, row], strict=True))
+        if (reason := differs_under_fsdp(test, item)) is not None:
+            item.add_marker(pytest.mark.xfail(reason=reason, strict=reason == FSDP_BIASES))
         if test.endswith("_pickle"):
             item.add_marker(pytest.mark.skip("a pickle is not opened, for it can run code"))
         if test in MERGING and any(map(has_router, configs_of(item))):
