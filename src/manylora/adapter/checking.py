@@ -190,7 +190,7 @@ def _check_saved_modules(file: Path, config: ManyLoraConfig, others: list[str]) 
     Of modules_to_save one will do: for a classifier PEFT names those that any model could have.
     """
     wanted: list[tuple[str, Sequence[str]]] = []
-    if modules := config.modules_to_save or []:
+    if modules := config.modules_to_save:
         wanted.append((f"modules_to_save={few(map(repr, modules))}", modules))
     if config.trainable_token_indices not in (None, {}):
         wanted.append(("trainable_token_indices", ["trainable_tokens_delta"]))

@@ -69,30 +69,31 @@ def set_ids(model: nn.Module, ids: Tensor, selected: bool = False) -> Iterator[N
     layers = layers_of(model)
     if not layers:
         raise ValueError("branch_ids: the model has no manylora layer; attach an adapter first")
+    wanted = any(branches.needs_ids for layer in layers for branches in layer.branches.values())
     # What selectors chose, perhaps one for each row's adapter, is in range as they were loaded.
-    checked, highest = _check(ids, [] if selected else layers)
+    checked, highest = _check(ids, layers if wanted and not selected else [])
     states = list({id(layer.state): layer.state for layer in layers}.values())
-    if any(branches.needs_ids for layer in layers for branches in layer.branches.values()):
+    if wanted:
         keep_ids_through_checkpointing(model, states)
     with _restored([(state, checked, selected, highest) for state in states]):
         yield
 
 
 def _check(ids: Tensor, layers: Sequence[Any]) -> tuple[Tensor, int]:
-    """The ids, and the highest where a layer's adapter wants them."""
+    """The ids, and the highest; -1 where there are no layers, whose adapters want them in range."""
     if ids.is_floating_point() or ids.dtype == torch.bool or ids.dim() > 2 or not ids.numel():
         raise ValueError(
             f"branch_ids: ids must be integers of shape (), (batch,) or (batch, tokens), "
             f"got {ids.dtype} of shape {tuple(ids.shape)}"
         )
+    if not layers:
+        return ids.long(), -1
     active = {
         name: branches
         for layer in layers
         for name, branches in layer.branches.items()
         if name in layer.active_adapters
     }
-    if not any(branches.needs_ids for layer in layers for branches in layer.branches.values()):
-        return ids.long(), -1
     low, high = _ends(ids)
     for name, branches in active.items():
         in_range(name, branches, low, high)
