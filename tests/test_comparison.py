@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,56 @@ def test_runs_side_by_side_give_what_runs_in_turn_give(recipe: Recipe, tmp_path:
     assert side.scores == turn.scores
 
 
+def test_a_method_does_not_wait_for_the_trials_of_another(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two at once; one of LoRA's trials is slow, and the other method is finished before it."""
+    ground = prepare_ground(recipe, QUIET)
+    base = load_model(recipe.model, recipe.dtype, None)
+    _, found = contenders(["lora", "ia3"], "lora:r=4", base, 3, {})
+    order: list[Cell] = []
+    monkeypatch.setattr(grids, "SideBySide", partial(_InThisProcess, order))
+    grid = grids.Grid(ground, CellStore(tmp_path), QUIET, parallel=2)
+    rates = grid.run(found, 2, None)
+    slow = order.index(next(iter(grid.keys)))
+    assert [c.contender.name for c in order[:slow]] == ["lora"] * 2 + ["ia3"] * 7
+    assert [c.contender.name for c in grid.keys] == ["lora"] * 7 + ["ia3"] * 7
+    assert [c.stage for c in grid.keys] == (["rate"] * 5 + ["test"] * 2) * 2
+    assert all(c.lr == rates[c.contender.name] for c in grid.keys if c.stage == "test")
+
+
+class _InThisProcess:
+    """Two places; one is held by the first cell for as long as another can be run."""
+
+    def __init__(self, order: list[Cell], ground: Any, store: CellStore, *more: Any) -> None:
+        self.order, self.ground, self.store = order, ground, store
+        self.cells: list[Cell] = []
+
+    def __enter__(self) -> _InThisProcess:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        assert not self.cells
+
+    @property
+    def running(self) -> int:
+        return len(self.cells)
+
+    @property
+    def free(self) -> int:
+        return 2 - len(self.cells)
+
+    def start(self, cell: Cell) -> None:
+        self.cells.append(cell)
+
+    def finished(self) -> list[Cell]:
+        cell = self.cells.pop()
+        self.order.append(cell)
+        key = key_of(self.ground, cell)
+        self.store.write(key, *run_cell(self.ground, cell, key))
+        return [cell]
+
+
 def test_each_gpu_has_processes_of_its_own(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,7 +194,12 @@ def test_each_gpu_has_processes_of_its_own(
     _, found = contenders(["lora", "ia3"], "lora:r=4", base, 3, {})
     cells = [Cell(found[i % 2], 1e-3, i, "test") for i in range(6)]
     store = CellStore(tmp_path)
-    done = list(side_by_side.run_side_by_side(ground, store, cells, 1, False))
+    done = []
+    with side_by_side.SideBySide(ground, store, 1, False) as processes:
+        while cells or processes.running:
+            while cells and processes.free:
+                processes.start(cells.pop())
+            done += processes.finished()
     assert sorted(cell.seed for cell in done) == list(range(6))
     assert {file.read_text() for file in (tmp_path / "cells").iterdir()} == {"3", "5"}
 

@@ -11,6 +11,7 @@ side by side where the memory allows it.
 from __future__ import annotations
 
 import math
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +25,7 @@ from manylora.comparison.cell import Cell, run_cell
 from manylora.comparison.contenders import Contender
 from manylora.comparison.ground import Ground
 from manylora.comparison.result import RatePoint
-from manylora.comparison.side_by_side import at_once, gpus, run_side_by_side
+from manylora.comparison.side_by_side import SideBySide, at_once, gpus
 from manylora.comparison.store import CellStore, key_of
 
 FIRST, BESIDE = (0.25, 1.0, 4.0), (0.5, 2.0)
@@ -49,72 +50,83 @@ class Grid:
     def run(
         self, contenders: Sequence[Contender], seeds: int, rate: float | None
     ) -> dict[str, float]:
-        """Every cell of the comparison; returns each method's rate."""
+        """Every cell of the comparison; returns each method's rate.
+
+        A method's next cells wait for its own alone, so that no process waits for a slower method.
+        """
         trials = 0 if rate is not None else len(FIRST) + len(BESIDE)
         with _progress(self.console) as bar:
-            bar.add_task("runs", total=len(contenders) * (trials + seeds), what="")
-            rates = {contender.name: rate for contender in contenders if rate is not None}
-            if rate is None:
-                self._tried(contenders, {c.name: c.centre_lr for c in contenders}, FIRST, bar)
-                self._tried(contenders, self.best(contenders), BESIDE, bar)
-                rates = self.best(contenders)
-            self._run(
-                [Cell(c, rates[c.name], seed, "test") for c in contenders for seed in range(seeds)],
-                bar,
-            )
-        return rates
+            task = bar.add_task("runs", total=len(contenders) * (trials + seeds), what="")
+            steps = {c.name: self._steps(c, seeds, rate) for c in contenders}
+            waiting = deque(cell for own in steps.values() for cell in self._next(own, bar))
+            left = Counter(cell.contender.name for cell in waiting)
+            for cell in self._finished(waiting):
+                name = cell.contender.name
+                bar.update(task, advance=1, what=f"{name} {cell.lr:.2g}")
+                left[name] -= 1
+                if not left[name]:
+                    waiting.extend(following := self._next(steps[name], bar))
+                    left[name] = len(following)
+        self.keys = {cell: self.keys[cell] for c in contenders for cell in self._of(c)}
+        return {c.name: self.best(c) if rate is None else rate for c in contenders}
 
     def rates(self, contender: Contender) -> list[RatePoint]:
         """The trials of a method, lowest rate first."""
-        cells = [c for c in self.keys if c.contender is contender and c.stage == "rate"]
+        cells = [cell for cell in self._of(contender) if cell.stage == "rate"]
         return sorted(
             (rate_point(self.store.rows([self.keys[cell]]), cell.lr) for cell in cells),
             key=lambda point: point.lr,
         )
 
-    def best(self, contenders: Sequence[Contender]) -> dict[str, float]:
-        """The rate of each method with the lowest loss on the validation rows."""
-        found = {}
-        for contender in contenders:
-            whole = [point for point in self.rates(contender) if math.isfinite(point.nll)]
-            if not whole:
-                raise ValueError(
-                    f"{contender.label} diverged at every rate that was tried; give a lower one "
-                    "with --lr, or leave the method out"
-                )
-            found[contender.name] = min(whole, key=lambda point: point.nll).lr
-        return found
+    def best(self, contender: Contender) -> float:
+        """The rate of a method with the lowest loss on the validation rows."""
+        whole = [point for point in self.rates(contender) if math.isfinite(point.nll)]
+        if not whole:
+            raise ValueError(
+                f"{contender.label} diverged at every rate that was tried; give a lower one "
+                "with --lr, or leave the method out"
+            )
+        return min(whole, key=lambda point: point.nll).lr
 
-    def _tried(
-        self,
-        contenders: Sequence[Contender],
-        around: dict[str, float],
-        factors: Sequence[float],
-        bar: Progress,
-    ) -> None:
-        cells = [Cell(c, around[c.name] * f, 0, "rate") for c in contenders for f in factors]
-        self._run(cells, bar)
+    def _of(self, contender: Contender) -> list[Cell]:
+        return [cell for cell in self.keys if cell.contender is contender]
 
-    def _run(self, cells: Sequence[Cell], bar: Progress) -> None:
-        """Run the cells that have not been run."""
-        self.keys |= {cell: key_of(self.ground, cell) for cell in cells}
-        task = bar.task_ids[0]
-        waiting = [cell for cell in cells if self.store.summary(self.keys[cell]) is None]
-        bar.advance(task, len(cells) - len(waiting))
-        for cell in self._finished(waiting):
-            bar.update(task, advance=1, what=f"{cell.contender.name} {cell.lr:.2g}")
+    def _steps(self, contender: Contender, seeds: int, rate: float | None) -> Iterator[list[Cell]]:
+        """A method's cells; those of a list are known when the ones before are finished."""
+        if rate is None:
+            for factors in (FIRST, BESIDE):
+                around = self.best(contender) if factors is BESIDE else contender.centre_lr
+                yield [Cell(contender, around * factor, 0, "rate") for factor in factors]
+            rate = self.best(contender)
+        yield [Cell(contender, rate, seed, "test") for seed in range(seeds)]
 
-    def _finished(self, waiting: list[Cell]) -> Iterator[Cell]:
+    def _next(self, steps: Iterator[list[Cell]], bar: Progress) -> list[Cell]:
+        """A method's next cells that have not been run; none when all have been."""
+        for cells in steps:
+            self.keys |= {cell: key_of(self.ground, cell) for cell in cells}
+            missing = [cell for cell in cells if self.store.summary(self.keys[cell]) is None]
+            bar.advance(bar.task_ids[0], len(cells) - len(missing))
+            if missing:
+                return missing
+        return []
+
+    def _finished(self, waiting: deque[Cell]) -> Iterator[Cell]:
+        """Runs what waits, also what comes to wait while it does; yields each when finished."""
         if waiting and not self.parallel:
-            first = waiting.pop(0)
-            self.parallel = at_once(self._run_here(first))
-            yield first
-        if self.parallel * len(gpus()) == 1 or len(waiting) < 2:
-            for cell in waiting:
-                self._run_here(cell)
-                yield cell
+            cell = waiting.popleft()
+            self.parallel = at_once(self._run_here(cell))
+            yield cell
+        while waiting and (self.parallel * len(gpus()) == 1 or len(waiting) == 1):
+            cell = waiting.popleft()
+            self._run_here(cell)
+            yield cell
+        if not waiting:
             return
-        yield from run_side_by_side(self.ground, self.store, waiting, self.parallel, self.energy)
+        with SideBySide(self.ground, self.store, self.parallel, self.energy) as processes:
+            while waiting or processes.running:
+                while waiting and processes.free:
+                    processes.start(waiting.popleft())
+                yield from processes.finished()
 
     def _run_here(self, cell: Cell) -> dict[str, Any]:
         key = self.keys[cell]

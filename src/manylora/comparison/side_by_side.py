@@ -1,14 +1,13 @@
 """Cells side by side: processes that each run cell after cell, as many as the memory has room for.
 
 A GPU of the host that torch sees has its own processes, which see no other; they take the next cell
-as they become free. Each reads the rows once, from the cache.
+as they become free. Each reads the rows once, from the cache, and lives as long as the comparison.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -46,30 +45,48 @@ def gpus() -> list[str]:
     return names[:count] or [""]
 
 
-def run_side_by_side(
-    ground: Ground, store: CellStore, cells: Sequence[Cell], parallel: int, energy: bool
-) -> Iterator[Cell]:
-    """Run the cells and keep them in the store; yields each as it is finished.
+class SideBySide:
+    """Processes that run cells and keep them in the store; a context that they live in.
 
     parallel: runs at once on a GPU, or on the CPU where there is none.
     """
-    waiting = iter(cells)
-    with ExitStack() as stack:
-        pools = [stack.enter_context(_pool(gpu, ground, store, parallel, energy)) for gpu in gpus()]
-        free = [pool for _ in range(parallel) for pool in pools]
-        running: dict[Future[None], tuple[Cell, Any]] = {}
-        while True:
-            for pool, cell in zip(free, waiting, strict=False):
-                running[pool.submit(_run_there, cell)] = (cell, pool)
-            if not running:
-                return
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
-            free = []
-            for future in done:
-                cell, pool = running.pop(future)
-                future.result()
-                free.append(pool)
-                yield cell
+
+    def __init__(self, ground: Ground, store: CellStore, parallel: int, energy: bool) -> None:
+        self._processes = ExitStack()
+        pools = [_pool(gpu, ground, store, parallel, energy) for gpu in gpus()]
+        self._free = [
+            self._processes.enter_context(pool) for _ in range(parallel) for pool in pools
+        ]
+        self._running: dict[Future[None], tuple[Cell, Any]] = {}
+
+    def __enter__(self) -> SideBySide:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._processes.__exit__(*error)
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    @property
+    def free(self) -> int:
+        """How many more cells can be started."""
+        return len(self._free)
+
+    def start(self, cell: Cell) -> None:
+        pool = self._free.pop(0)
+        self._running[pool.submit(_run_there, cell)] = (cell, pool)
+
+    def finished(self) -> list[Cell]:
+        """Waits until a cell is finished, and returns those that are; raises what one raised."""
+        cells = []
+        for future in wait(self._running, return_when=FIRST_COMPLETED).done:
+            cell, pool = self._running.pop(future)
+            future.result()
+            self._free.append(pool)
+            cells.append(cell)
+        return cells
 
 
 @dataclass(frozen=True)
