@@ -21,7 +21,7 @@ import torch
 from here import commit, device
 
 from manylora.adapter import dropout_kernels, masks
-from manylora.adapter.mixing import Layout
+from manylora.adapter.layout import Layout
 
 RESULTS = Path(__file__).parent / "results" / "dropout_paths.jsonl"
 TOKENS, WIDTHS = (512, 1024, 2048, 4096, 8192, 16384), (4096, 11008)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import manylora
 from loops import softmax
 from manylora.adapter import masks
-from manylora.adapter.mixing import Layout
+from manylora.adapter.layout import Layout
 from manylora.methods import resolve
 from tiny import OneLayer, adapter_tensors, attach
 

@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from manylora.adapter import autograd, ops, running
 from manylora.adapter.ids import branch_ids
 from manylora.adapter.layer import ManyLoraLayer, layers_of
-from manylora.adapter.mixing import Layout
+from manylora.adapter.layout import Layout
+from manylora.adapter.mixing import by_column
 from manylora.adapter.recompute import factors_of
 from manylora.methods import resolve
 from tiny import attach, tiny_llama
@@ -26,6 +27,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "hydralora on Ax": {"method": "hydralora", "router_input": "Ax"},
     "lora_moe uneven": {"method": "lora_moe", "branch_ranks": [1, 3, 2]},
     "cluster": {"method": "branch_per_cluster", "num_branches": 3},
+    "cluster uneven": {"method": "branch_per_cluster", "branch_ranks": [1, 3, 2], "shared_rank": 2},
     "task gate": {"method": "lora_moe", "gate": "task", "num_tasks": 3},
 }
 by_kind = pytest.mark.parametrize("kind", list(KINDS))
@@ -46,6 +48,9 @@ def arguments(kind: str, n: int = 2, dense: bool = True) -> tuple[Any, ...]:
     weights = router = None
     if layout.gate == "given":
         weights = torch.rand(6, 1, branches.count, dtype=torch.float64, requires_grad=True)
+    if branches.gate == "one_hot":  # as the layers of a model share them
+        weights = by_column(weights.detach().round(), layout, 0.7, 1.3)
+        layout = layout._replace(gate="columns")
     if layout.gate == "Ax":
         router = draw(n, branches.count, branches.rows_A)
     bases = [draw(w, 5, grad=False) if dense else draw(6, w) for w in widths]
@@ -78,7 +83,8 @@ def test_its_gradients_are_those_of_finite_differences(kind: str, dense: bool) -
     given = arguments(kind, dense=dense)
 
     def outputs(x: Tensor, down: Tensor, weights: Any, *ups: Tensor) -> tuple[Tensor, ...]:
-        own = (x, *given[1:4], down, list(ups), weights, *given[7:])
+        parts = [list(up.tensor_split(2, 1)) for up in ups]
+        own = (x, *given[1:4], list(down.tensor_split(3)), parts, weights, *given[7:])
         return tuple(autograd.apply(*own))
 
     assert torch.autograd.gradcheck(outputs, (given[0], given[4], given[6], *given[5]))
@@ -88,12 +94,13 @@ def test_several_layers_at_once_are_each_layer_alone() -> None:
     for kind in KINDS:
         x, bases, biases, dense, down, ups, weights, router, *rest = arguments(kind, n=3)
         block = Layout.decode(rest[1]).block
-        *together, _ = autograd.apply(x, bases, biases, dense, down, ups, weights, router, *rest)
+        parts = [down], [[up] for up in ups]
+        *together, _ = autograd.apply(x, bases, biases, dense, *parts, weights, router, *rest)
         for j in range(3):
             own = down[j * block : (j + 1) * block]
             mine = None if router is None else router[j : j + 1]
             alone, _ = autograd.apply(
-                x, [bases[j]], [biases[j]], dense, own, [ups[j]], weights, mine, *rest
+                x, [bases[j]], [biases[j]], dense, [own], [[ups[j]]], weights, mine, *rest
             )
             torch.testing.assert_close(together[j], alone, rtol=0, atol=1e-13)
 
@@ -349,7 +356,7 @@ def test_branches_that_a_batch_does_not_use_are_skipped_and_change_nothing(
     given = autograd.apply
 
     def watched(x: Tensor, *rest: Any, **more: Any) -> Any:
-        widths.append(len(rest[3]))
+        widths.append(sum(map(len, rest[3][: len(rest[3]) // len(rest[0])])))
         return given(x, *rest, **more)
 
     monkeypatch.setattr(autograd, "apply", watched)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from manylora.adapter import autograd
-from manylora.adapter.mixing import Layout
+from manylora.adapter.layout import Layout
 from manylora.methods import resolve
 
 NAMES = ("y", "dx", "dA", "dB", "drouter")
@@ -38,8 +38,8 @@ def operation(W: Tensor, s: float, n: int, r: int) -> Forward:
     layout = Layout.of(resolve("hydralora", r=r, num_branches=n)).encode()
 
     def forward(x: Tensor, A: Tensor, B: Tensor, R: Tensor) -> Tensor:
-        down = torch.cat([A, R])
-        return autograd.apply(x, [W], [], True, down, [B], None, None, None, layout, s, 0.0, 0.0)[0]
+        rest = None, None, None, layout, s, 0.0, 0.0
+        return autograd.apply(x, [W], [], True, [A, R], [[B]], *rest)[0]
 
     return forward
 

@@ -149,6 +149,19 @@ def test_branch_ids_column_reaches_the_adapter(tiny_folder: Path, tmp_path: Path
         assert float(change[2].max()) == 0  # no example had id 2
 
 
+def test_operations_are_counted_as_transformers_counts_them(tmp_path: Path) -> None:
+    rows = [{"input_ids": [5] * size, "labels": [5] * size} for size in (2, 7, 3)]
+    counted = []
+    for kind in (MixedTrainer, Trainer):
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), per_device_train_batch_size=1, **{**ARGUMENTS, "max_steps": 3}
+        )
+        trainer = kind(model=hydra(), args=arguments, train_dataset=Dataset.from_list(rows))
+        trainer.train()
+        counted.append(trainer.state.total_flos)
+    assert counted[0] == counted[1] > 0
+
+
 def test_small_tensors_stay_in_float32() -> None:
     for method, part in (("hydralora", "router"), ("multilora", "scale")):
         model = attach(tiny_llama(), method=method)

@@ -10,7 +10,7 @@ and is fused with it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,60 +18,122 @@ from torch import Tensor
 from manylora.adapter import ops
 from manylora.adapter.recompute import computed_again, watched
 
+_ALIGNED = 8  # rows of P: 16 bytes in half precision, which a GPU's fast products want
+
 
 def apply(
     x: Tensor,
     bases: list[Tensor],
     biases: list[Tensor],
     dense: bool,
-    down: Tensor,
-    ups: list[Tensor],
+    downs: list[Tensor],
+    ups: list[list[Tensor]],
     weights: Tensor | None,
     router: Tensor | None,
     seed: Tensor | None,
     *numbers: Any,
     factors: tuple[Tensor, ...] = (),
 ) -> Sequence[Tensor]:
-    """`ops.linear`, by the shortest way that there is. factors: of x, kept instead of it."""
-    given = (x, bases, biases, dense, down, ups, weights, router, seed, *numbers)
+    """`ops.linear`, by the shortest way that there is.
+
+    downs: the rows of P, in any dtype. ups: the columns of each Q_j. factors: of x, kept instead
+    of it.
+    """
+    rest = weights, router, seed, *numbers
     if torch.compiler.is_compiling():
-        return ops.linear(*given)
+        return ops.linear(x, bases, biases, dense, *_put_together(x, downs, ups), *rest)
     if not torch.is_grad_enabled():
-        return ops.forward(*given)
-    rest = (len(ups), dense, factors, *numbers)
+        return ops.forward(x, bases, biases, dense, *_put_together(x, downs, ups), *rest)
+    with torch.no_grad():  # the step splits their gradients itself, in less time
+        down, own_ups = _put_together(x, downs, ups)
+    parts = [*downs, *(one for own in ups for one in own)]
+    given = Given(dense, len(ups), len(biases), len(downs), factors, numbers)
     step = _linear_in_two_steps if watched() else _Linear.apply
-    return step(rest, x, down, weights, router, seed, *bases, *ups, *biases)
+    return step(given, x, down, weights, router, seed, *bases, *own_ups, *biases, *parts)
+
+
+class Given(NamedTuple):
+    """What `_Linear` is given besides tensors.
+
+    ups, biases, downs: how many. factors: of x. numbers: the last arguments of `ops.linear`.
+    """
+
+    dense: bool
+    ups: int
+    biases: int
+    downs: int
+    factors: tuple[Tensor, ...]
+    numbers: tuple[Any, ...]
+
+    def inputs(self, x: Tensor, tensors: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Tensor]]:
+        """The arguments of `ops.linear`, and what P and Q were put together from."""
+        down, weights, router, seed, *others = tensors
+        ends = [self.ups, 2 * self.ups, 2 * self.ups + self.biases]
+        bases, ups, biases = others[: ends[0]], others[ends[0] : ends[1]], others[ends[1] : ends[2]]
+        rest = weights, router, seed, *self.numbers
+        return (x, bases, biases, self.dense, down, ups, *rest), others[ends[2] :]
+
+
+def _put_together(
+    x: Tensor, downs: list[Tensor], ups: list[list[Tensor]]
+) -> tuple[Tensor, list[Tensor]]:
+    """P, padded on a GPU to an even number of rows, and each Q_j; in x's dtype."""
+    rows = [one.to(x.dtype) for one in downs]
+    short = -sum(map(len, rows)) % _ALIGNED
+    if short and x.is_cuda:
+        rows.append(x.new_zeros(short, x.shape[1]))
+    together = [[one.to(x.dtype) for one in own] for own in ups]
+    down = rows[0] if len(rows) == 1 else torch.cat(rows)
+    return down, [own[0] if len(own) == 1 else torch.cat(own, 1) for own in together]
 
 
 class _Linear(torch.autograd.Function):
     """`ops.linear` without what torch does to a registered operation's lists, which takes longer
-    than its own dispatch.
+    than its own dispatch; gives gradients to what P and Q were put together from, not to these.
     """
 
     @staticmethod
-    def forward(ctx: Any, rest: tuple[Any, ...], x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
-        inputs, factors = _inputs(rest, x, tensors)
+    def forward(ctx: Any, given: Given, x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
+        inputs, parts = given.inputs(x, tensors)
         *ys, z = ops.forward(*inputs)
-        _keep(ctx, inputs, z, factors)
+        _keep(ctx, inputs, z, given.factors)
+        _keep_parts(ctx, given, parts)
         return (*ys, z)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         found = _gradients(ctx, list(grads), ops.backward, _computed_again, ops.backward_down)
         dx, bases, biases, _, ddown, dups, dweights, drouter, *_ = found
-        return (None, dx, ddown, dweights, drouter, None, *bases, *dups, *biases)
+        parts = _of_parts(ctx, ddown, dups)
+        none = [None] * len(dups)
+        return (None, dx, None, dweights, drouter, None, *bases, *none, *biases, *parts)
 
 
-def _linear_in_two_steps(rest: tuple[Any, ...], x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
+def _keep_parts(ctx: Any, given: Given, parts: list[Tensor]) -> None:
+    """How many rows of P, or columns of Q, each is, and its dtype."""
+    sizes = [one.shape[place >= given.downs] for place, one in enumerate(parts)]
+    ctx.rows, ctx.columns = sizes[: given.downs], sizes[given.downs :]
+    ctx.dtypes = [one.dtype for one in parts]
+
+
+def _of_parts(ctx: Any, ddown: Tensor, dups: list[Tensor]) -> list[Tensor]:
+    rows, own = ctx.rows, len(ctx.columns) // len(dups)
+    grads = list(ddown.split([*rows, len(ddown) - sum(rows)])[: len(rows)])
+    for j, dup in enumerate(dups):
+        grads += dup.split(ctx.columns[j * own : (j + 1) * own], 1) if own > 1 else [dup]
+    return [one.to(dtype) for one, dtype in zip(grads, ctx.dtypes, strict=True)]
+
+
+def _linear_in_two_steps(given: Given, x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
     """`_Linear` that keeps all it keeps before it multiplies by W.
 
     A checkpoint computes a block again only until all that was kept is there, so the last product
     of the block, a fourth of its work, is not done again, as in a model without adapters.
     """
-    n, dense, *_ = rest
     factors: list[float] = []
-    *places, z, u = _Inside.apply(rest, factors, x, *tensors)
-    ys = _Outputs.apply(n, dense, *factors, x, u, *places, *tensors[4:])
+    *places, z, u = _Inside.apply(given, factors, x, *tensors)
+    others = tensors[4 : 4 + 2 * given.ups + given.biases]
+    ys = _Outputs.apply(given.ups, given.dense, *factors, x, u, *places, *others)
     return (*ys, z)
 
 
@@ -80,13 +142,14 @@ class _Inside(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rest: tuple[Any, ...], said: list[float], x: Tensor, *tensors: Any
+        ctx: Any, given: Given, said: list[float], x: Tensor, *tensors: Any
     ) -> tuple[Tensor, ...]:
-        inputs, factors = _inputs(rest, x, tensors)
+        inputs, parts = given.inputs(x, tensors)
         _, _, _, _, down, ups, weights, router, seed, *numbers = inputs
         z, u, factor = ops.hidden(x, down, len(ups), weights, router, seed, *numbers)
         said.append(factor)  # of u
-        _keep(ctx, inputs, z, factors)
+        _keep(ctx, inputs, z, given.factors)
+        _keep_parts(ctx, given, parts)
         ctx.mark_non_differentiable(u)
         places = [x.new_empty(1).expand(len(x), up.shape[0]) for up in ups]
         return (*places, z, u)
@@ -111,16 +174,6 @@ class _Outputs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
         return (None, None, None, None, None, *dys, *[None] * ctx.unused)
-
-
-def _inputs(
-    rest: tuple[Any, ...], x: Tensor, tensors: tuple[Any, ...]
-) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
-    """The arguments of `ops.linear`, and the factors of x."""
-    n, dense, factors, *numbers = rest
-    down, weights, router, seed, *others = tensors
-    bases, ups, biases = others[:n], others[n : 2 * n], others[2 * n :]
-    return (x, bases, biases, dense, down, ups, weights, router, seed, *numbers), factors
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], z: Tensor, factors: tuple[Tensor, ...] = ()) -> None:

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from manylora.adapter.config import ManyLoraConfig
 from manylora.adapter.init import Factor, initialize
-from manylora.adapter.mixing import Layout
+from manylora.adapter.layout import Layout
 from manylora.adapter.ops import computable, fold_scale
 from manylora.adapter.router import RoutingLosses, constant_weights, not_mergeable, softmax
 from manylora.adapter.running import run

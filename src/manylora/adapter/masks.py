@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manylora.adapter.mixing import Layout, has_triton
+from manylora.adapter.layout import Layout
+from manylora.adapter.mixing import has_triton
 
 
 def down_product(

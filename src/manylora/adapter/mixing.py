@@ -1,110 +1,50 @@
 """Between the two products of `ops.linear`: what each branch gave is weighed and put side by side.
 
-The columns of z that belong to a layer (block K of them), and of its u (m):
+The columns of z and u are those of layout.py, and
 
-    z_j = [ h (rows of A) | router's logits (N, where it reads x) | h0 (shared rank) ]
-    u_j = [ s g (x) h (columns of B) | s0 h0 ]
     g   = softmax(logits), softmax(R h), the weights that are given, or all ones
 
 A shared: g (x) h = [g_1 h, ..., g_N h]. Own A: block i of h times g_i. B shared: those blocks' sum.
+Where branches have their own A and B and g does not depend on the layer, u = w * z, with w made
+once for all layers (`by_column`).
 Arithmetic in at least float32; u has z's dtype. Per token, and small beside the products; on a GPU
 one kernel each way (kernels.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from manylora.methods import Branches
-
-Gate = Literal["ones", "given", "x", "Ax"]
-_GATES: tuple[Gate, ...] = ("ones", "given", "x", "Ax")
-
-
-class Layout(NamedTuple):
-    """What the columns of z and u mean; gate says where g comes from."""
-
-    ranks: tuple[int, ...]
-    share_A: bool
-    share_B: bool
-    gate: Gate
-    shared_rank: int
-
-    @staticmethod
-    def of(branches: Branches) -> Layout:
-        gate: Gate = "ones" if branches.gate == "ones" else "given"
-        if branches.gate == "router":
-            gate = branches.router_input
-        return Layout(
-            branches.ranks, branches.share_A, branches.share_B, gate, branches.shared_rank
-        )
-
-    @property
-    def branches(self) -> int:
-        return len(self.ranks)
-
-    @property
-    def even(self) -> bool:
-        return len(set(self.ranks)) == 1
-
-    @property
-    def only_scales(self) -> bool:
-        """Whether u is s h and nothing else: h is then taken for u, and s a factor of Q u."""
-        apart = not (self.share_A or self.share_B) or len(self.ranks) == 1
-        return self.gate == "ones" and apart and not self.shared_rank
-
-    @property
-    def rows_A(self) -> int:
-        return self.ranks[0] if self.share_A else sum(self.ranks)
-
-    @property
-    def logits(self) -> int:
-        return self.branches if self.gate == "x" else 0
-
-    @property
-    def block(self) -> int:
-        """Columns of z for a layer."""
-        return self.rows_A + self.logits + self.shared_rank
-
-    def split(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(h, logits, h0), views of z (..., block)."""
-        sizes = [self.rows_A, self.logits, self.shared_rank]
-        h, logits, h0 = torch.split_with_sizes(z, sizes, -1)
-        return h, logits, h0
-
-    def encode(self) -> list[int]:
-        """As an operation of torch takes it."""
-        flags = [int(self.share_A), int(self.share_B), _GATES.index(self.gate), self.shared_rank]
-        return [*flags, *self.ranks]
-
-    @staticmethod
-    def decode(code: Sequence[int]) -> Layout:
-        return _decoded(tuple(code))
-
-
-@cache
-def _decoded(code: tuple[int, ...]) -> Layout:
-    share_A, share_B, gate, shared_rank, *ranks = code
-    return Layout(tuple(ranks), bool(share_A), bool(share_B), _GATES[gate], shared_rank)
+from manylora.adapter.layout import Layout, by_layer
 
 
 def gates(
     z: Tensor, layout: Layout, weights: Tensor | None, router: Tensor | None
 ) -> Tensor | None:
     """g (T, n or 1, N) of z (T, n, block); None is all ones. router: (n, N, rows of A)."""
-    if layout.gate in ("ones", "given"):
+    if layout.gate not in ("x", "Ax"):
         return weights
     h, logits, _ = layout.split(z)
     if router is not None:
         logits = torch.einsum("tnk,nik->tni", h, router)
     return torch.softmax(logits, -1, dtype=_accumulator(z))
+
+
+def by_column(weights: Tensor, layout: Layout, scaling: float, shared_scaling: float) -> Tensor:
+    """w (T or 1, n or 1, block): what columns of z are multiplied by, of g (T or 1, n or 1, N)."""
+    weights = weights.to(_accumulator(weights))
+    parts = [
+        (scaling * weights[..., i : i + 1]).expand(*weights.shape[:-1], r)
+        for i, r in enumerate(layout.ranks)
+    ]
+    shared = weights.new_full((*weights.shape[:-1], layout.shared_rank), shared_scaling)
+    return torch.cat([*parts, shared], -1)
 
 
 def mix(
@@ -117,6 +57,8 @@ def mix(
     router: Tensor | None,
 ) -> Tensor:
     """u (T, n, m) of z (T, K), which holds n layers and perhaps padding; not if `only_scales`."""
+    if layout.gate == "columns" and weights is not None:
+        return _times(by_layer(z, layout, n), weights)
     if (kernels := _kernels(z, layout)) is not None:
         given = None if weights is None else weights.expand(len(z), -1, -1)
         shape = _shape(n, layout)
@@ -148,6 +90,10 @@ def mix_backward(
     router: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """(u, dz like z, dweights like weights, drouter like router) of du (T, n, m)."""
+    if layout.gate == "columns" and weights is not None:
+        dz = padded_with_zeros(z, n * layout.block)
+        _times(du, weights, by_layer(dz, layout, n))
+        return _times(by_layer(z, layout, n), weights), dz, None, None
     if (kernels := _kernels(z, layout)) is not None:
         given = None if weights is None else weights.expand(len(z), -1, -1)
         rest = (*_shape(n, layout), given, *_shared(layout, scaling, shared_scaling))
@@ -197,9 +143,17 @@ def _mix_backward(
     return torch.cat(parts, -1).to(z.dtype), dweights, drouter
 
 
-def by_layer(z: Tensor, layout: Layout, n: int) -> Tensor:
-    """z (T, n, block) without the columns that pad it."""
-    return z[:, : n * layout.block].view(len(z), n, layout.block)
+def _times(z: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:
+    """z w, multiplied in the dtype of w and rounded once to that of z."""
+    return torch.mul(z, weights, out=z.new_empty(z.shape) if out is None else out)
+
+
+def padded_with_zeros(z: Tensor, width: int) -> Tensor:
+    """An empty tensor like z, but for the columns from width on."""
+    dz = z.new_empty(z.shape)
+    if width < z.shape[1]:
+        dz[:, width:] = 0
+    return dz
 
 
 def _kernels(z: Tensor, layout: Layout) -> Any:

@@ -31,8 +31,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from manylora.adapter.layout import Layout, by_layer
 from manylora.adapter.masks import down_backward, down_product, input_gradient
-from manylora.adapter.mixing import Layout, by_layer, mix, mix_backward, owners
+from manylora.adapter.mixing import mix, mix_backward, owners, padded_with_zeros
 from manylora.methods import Branches
 
 
@@ -85,9 +86,10 @@ def forward(
         bases: W_j (out_j, in) if dense, else the base layers' outputs (T, out_j).
         biases: b_j (out_j) of dense layers; empty where they have none.
         down: P. ups: Q_j.
-        weights: given mixing weights (T, n or 1, N). router: on A x, (n, N, rows of A).
+        weights: given mixing weights (T, n or 1, N), or `mixing.by_column` of them.
+        router: on A x, (n, N, rows of A).
         seed: of dropout's masks, (n, 1) or (n, N + 1) integers on the CPU. dropout: probability.
-        layout: `mixing.Layout`, the same for all layers. scaling: s. shared_scaling: s0.
+        layout: `layout.Layout`, the same for all layers. scaling: s. shared_scaling: s0.
     """
     numbers = (layout, scaling, shared_scaling, dropout)
     z, u, factor = hidden(x, down, len(ups), weights, router, seed, *numbers)
@@ -181,7 +183,7 @@ def backward(
     factor, dweights, drouter = (scaling if lay.only_scales else 1.0), None, None
     with _as_is(z):
         if lay.only_scales:  # what is du then is dz too
-            own = _padded_with_zeros(z, n * lay.block)
+            own = padded_with_zeros(z, n * lay.block)
             du = by_layer(own, lay, n)
         else:
             du = z.new_empty(len(z), n, ups[0].shape[1])
@@ -204,14 +206,6 @@ def backward(
     return [dx, dz, *dups, *rest]
 
 
-def _padded_with_zeros(z: Tensor, width: int) -> Tensor:
-    """An empty tensor like z, but for the columns from width on."""
-    dz = z.new_empty(z.shape)
-    if width < z.shape[1]:
-        dz[:, width:] = 0
-    return dz
-
-
 def _backward_shapes(
     dys: list[Tensor],
     dz: Tensor | None,
@@ -221,14 +215,17 @@ def _backward_shapes(
     ups: list[Tensor],
     weights: Tensor | None,
     router: Tensor | None,
+    seed: Tensor | None,
+    layout: list[int],
     *rest: Any,
 ) -> Any:
     empty = z.new_empty(0)
+    trained = weights is not None and Layout.decode(layout).gate != "columns"
     return [
         z.new_empty(len(z), down.shape[1]) if rest[-1] else empty,
         torch.empty_like(z),
         *[torch.empty_like(up) for up in ups],
-        empty if weights is None else torch.empty_like(weights),
+        torch.empty_like(weights) if weights is not None and trained else empty,
         empty if router is None else torch.empty_like(router),
     ]
 

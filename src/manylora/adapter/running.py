@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from manylora.adapter import autograd, ops
-from manylora.adapter.mixing import Layout, by_layer, gates
+from manylora.adapter.layout import Layout, by_layer
+from manylora.adapter.mixing import by_column, gates
 from manylora.adapter.recompute import factors_of
 from manylora.adapter.router import (
     balance_loss,
@@ -21,14 +23,11 @@ from manylora.adapter.router import (
     router_weights,
 )
 from manylora.adapter.sharing import in_backward
-from manylora.adapter.state import BranchState
 from manylora.methods import Branches
 
 if TYPE_CHECKING:
     from manylora.adapter.layer import ManyLoraLayer
     from manylora.adapter.prompt_mixing import Pair
-
-_ALIGNED = 8  # rows of P: 16 bytes in half precision, which a GPU's fast products want
 
 
 def run(
@@ -58,15 +57,13 @@ def run(
     flat = x.reshape(-1, x.shape[-1]).to(dtype)
     tensors = [layer.tensors(adapter) for layer in layers]
     weights = _weights(layers, tensors, adapter, x, ids, dropout)
-    layout, tensors, weights = _as_computed(
-        first.state, branches, first.layouts[adapter], tensors, weights, ids, own_masks
-    )
+    layout, tensors, weights = _as_computed(first, adapter, tensors, weights, x, ids, own_masks)
     *ys, z = autograd.apply(
         flat,
         *_bases(layers, outputs, dtype),
         outputs is None,
-        _down([_rows(t, layout) for t in tensors], flat),
-        [_up(t, branches).to(dtype) for t in tensors],
+        [row for t in tensors for row in _rows(t, layout)],
+        [_columns(t, branches) for t in tensors],
         weights,
         torch.stack([t["router"].to(dtype) for t in tensors]) if layout.gate == "Ax" else None,
         _seeds(len(layers), layout.branches + 1 if own_masks else 1) if dropout else None,
@@ -106,25 +103,34 @@ def _with_pair(
 
 
 def _as_computed(
-    state: BranchState,
-    branches: Branches,
-    layout: Layout,
+    first: ManyLoraLayer,
+    adapter: str,
     tensors: list[dict[str, Tensor]],
     weights: Tensor | None,
+    x: Tensor,
     ids: Tensor | None,
     own_masks: bool,
 ) -> tuple[Layout, list[dict[str, Tensor]], Tensor | None]:
     """The layout, and the layers' tensors and weights in it, of what this call has to compute."""
-    if weights is not None:
-        layout = layout._replace(gate="given")
-    used = None if ids is None else state.once(ids, branches, lambda: _used(branches, ids))
-    if used is not None and weights is not None:
-        layout = layout._replace(ranks=(branches.ranks[0],) * len(used))
-        tensors = [_only(t, branches, used) for t in tensors]
-        weights = weights[..., used.to(weights.device)]
+    layout, branches, state = first.layouts[adapter], first.branches[adapter], first.state
     if own_masks and branches.share_A:  # each branch then has an A x of its own
         layout = layout._replace(share_A=False)
         tensors = [{**t, "A": t["A"].repeat(branches.count, 1)} for t in tensors]
+    if weights is None:
+        return layout, tensors, None
+    if ids is None or branches.gate != "one_hot":
+        return layout._replace(gate="given"), tensors, weights
+    used = state.once(ids, branches, lambda: _used(branches, ids))
+    if used is not None:
+        layout = layout._replace(ranks=(branches.ranks[0],) * len(used))
+        tensors = [_only(t, branches, used) for t in tensors]
+        weights = weights[..., used.to(weights.device)]
+    layout = layout._replace(gate="given")
+    if layout.columns_are_branches:
+        scalings = first.scaling[adapter], first.shared_scaling[adapter]
+        key = (branches, layout, *scalings, x.shape[:-1], x.dtype, x.device)
+        weights = state.once(ids, key, partial(by_column, weights, layout, *scalings))
+        layout = layout._replace(gate="columns")
     return layout, tensors, weights
 
 
@@ -185,19 +191,9 @@ def _rows(t: dict[str, Tensor], layout: Layout) -> list[Tensor]:
     return rows
 
 
-def _down(rows: list[list[Tensor]], like: Tensor) -> Tensor:
-    """P, padded on a GPU to an even number of rows."""
-    together = [row.to(like.dtype) for own in rows for row in own]
-    short = -sum(map(len, together)) % _ALIGNED
-    if short and like.is_cuda:
-        together.append(like.new_zeros(short, like.shape[1]))
-    return together[0] if len(together) == 1 else torch.cat(together)
-
-
-def _up(t: dict[str, Tensor], branches: Branches) -> Tensor:
-    """Q of a layer."""
+def _columns(t: dict[str, Tensor], branches: Branches) -> list[Tensor]:
     up = ops.fold_scale(t["B"], branches, t.get("scale"))
-    return torch.cat([up, t["shared_B"]], 1) if branches.shared_rank else up
+    return [up, t["shared_B"]] if branches.shared_rank else [up]
 
 
 def _seeds(layers: int, masks: int) -> Tensor:
