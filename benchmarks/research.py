@@ -1,7 +1,7 @@
 """A part of docs/research.md: its data, its runs, its raw rows, its differences.
 
     python benchmarks/research.py run 2-oracle-4 MULTITASK [--folder runs/research]
-    python benchmarks/research.py keep 2-oracle-4 [--folder runs/research]
+    python benchmarks/research.py keep 2-oracle-4 [--folder runs/research] [--commit REV]
     python benchmarks/research.py show
 
 `run` goes on where it was stopped (the cells of a comparison are kept one by one). `keep` puts the
@@ -29,13 +29,14 @@ from rich.console import Console
 from manylora.comparison.command import compare
 from manylora.comparison.ground import Choice
 from manylora.comparison.intervals import differences
-from manylora.comparison.result import Difference
+from manylora.comparison.result import Difference, Interval
 from manylora.comparison.rows import TEST_STAGE, Scores
 from manylora.recipe import Recipe, parse_recipe
 
 RESULTS = Path(__file__).parent / "results"
 ROWS, SAID = "research.parquet", "research.json"
 MOST_TRAINED, LEAST_HELD_OUT = 400, 100
+STAGES = {"test": "trained on", "unseen": "left out"}
 # random.Random(0).sample of the 23 tasks with 100 held-out examples, sorted by name
 LEFT_OUT = ("math_gsm8k", "med_medquad", "code_bash", "instr_dolly", "qa_arc", "nli_mnli")
 FOUR = ("code_bash", "legal_cuad", "math_gsm8k", "ner_wnut17")
@@ -151,8 +152,8 @@ def recipe_of(part: Part, data: Path, model: str | None = None) -> Recipe:
     return parse_recipe(values if model is None else {**values, "model": model, "dtype": "float32"})
 
 
-def keep(name: str, folder: Path, results: Path) -> None:
-    """The rows of a part in the place of what was kept of it before."""
+def keep(name: str, folder: Path, results: Path, tree: str) -> None:
+    """The rows of a part in the place of what was kept of it before. tree: the commit it ran at."""
     part = PARTS[name]
     rows = pq.read_table(folder / name / "rows.parquet")
     for column, value in (("part", name), ("reading", part.reading), ("epochs", part.epochs)):
@@ -162,7 +163,8 @@ def keep(name: str, folder: Path, results: Path) -> None:
     said = json.loads((folder / name / "comparison.json").read_text(encoding="utf-8"))
     path = results / SAID
     whole = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    whole[name] = {"commit": commit(), **said}
+    command = f"python benchmarks/research.py run {name} MULTITASK"
+    whole[name] = {**said, "commit": tree, "command": command}
     path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
 
 
@@ -191,32 +193,41 @@ def counted(rows: pa.Table, stage: str = "test") -> Scores:
 
 
 def shown(results: Path) -> str:
-    """The differences of every part from its reference, as a Markdown table."""
-    lines = [
+    """The differences of every part from its reference, overall and by task, as Markdown tables."""
+    whole = [
         "| part | tasks | method | NLL, nats | separates | accuracy, points | separates |",
         "|---|---|---|---:|---|---:|---|",
     ]
+    by_task: list[str] = []
     for rows in _kept(results):
         for stage in ("test", "unseen"):
             if stage in pc.unique(rows["stage"]).to_pylist():
-                lines += _differences(rows, stage)
-    return "\n".join(lines)
+                part, which = rows["part"][0].as_py(), STAGES[stage]
+                scores = counted(rows, stage)
+                found = [differences(scores, scores.methods[0], m) for m in ("nll", "correct")]
+                whole += _overall(f"| {part} | {which}", *found)
+                by_task += ["", *_tasks(f"NLL by task: {part}, {which}", found[0])]
+    return "\n".join([*whole, *by_task])
 
 
-def _differences(rows: pa.Table, stage: str) -> list[str]:
-    scores, part = counted(rows, stage), rows["part"][0].as_py()
-    nll, right = (differences(scores, scores.methods[0], m) for m in ("nll", "correct"))
-    which = "trained on" if stage == "test" else "left out"
+def _overall(start: str, nll: list[Difference], right: list[Difference]) -> list[str]:
     lines = []
     for one, other in zip(nll, right, strict=True):
-        cells = [part, which, one.method, _interval(one, 1, ".3f"), _said(one)]
-        cells += [_interval(other, 100, ".1f"), _said(other)]
-        lines.append(f"| {' | '.join(cells)} |")
+        cells = [start, one.method, _interval(one.value), _said(one)]
+        lines.append(" | ".join([*cells, _interval(other.value, 100, "+.1f"), _said(other)]) + " |")
     return lines
 
 
-def _interval(difference: Difference, times: float, form: str) -> str:
-    mean, low, high = (format(times * value, f"+{form}") for value in difference.value)
+def _tasks(title: str, found: list[Difference]) -> list[str]:
+    methods = [one.method for one in found]
+    lines = [f"| {' | '.join([title, *methods])} |", f"|---|{'---:|' * len(methods)}"]
+    for tasks in zip(*(one.tasks for one in found), strict=True):
+        lines.append(f"| {' | '.join([tasks[0].task, *(_interval(t.value) for t in tasks)])} |")
+    return lines
+
+
+def _interval(value: Interval, times: float = 1, form: str = "+.3f") -> str:
+    mean, low, high = (format(times * number, form) for number in value)
     return f"{mean} ({low} to {high})"
 
 
@@ -235,6 +246,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--parallel", type=int, default=0, help="runs on a GPU; default found out")
     parser.add_argument("--model", help="another base model, in float32")
+    parser.add_argument("--commit", default=commit(), help="that a part ran at; default: this one")
     given = parser.parse_args()
     if given.verb == "show":
         print(shown(given.results))
@@ -243,7 +255,7 @@ def main() -> None:
     elif given.verb == "run":
         run(given.part, given.multitask, given.folder, given.parallel, given.model)
     else:
-        keep(given.part, given.folder, given.results)
+        keep(given.part, given.folder, given.results, given.commit)
 
 
 if __name__ == "__main__":

@@ -125,12 +125,12 @@ def test_examples_count_alike_and_small_tasks_do_not_count(
     pq.write_table(table, tmp_path / "runs" / "2-oracle-4" / "rows.parquet")
     (tmp_path / "runs" / "2-oracle-4" / "comparison.json").write_text('{"device": "none"}')
     for _ in range(2):  # what is kept twice is there once
-        research.keep("2-oracle-4", tmp_path / "runs", tmp_path)
+        research.keep("2-oracle-4", tmp_path / "runs", tmp_path, "abc1234")
     kept = pq.read_table(tmp_path / "research.parquet")
     assert kept.num_rows == len(rows)
     assert set(kept.column_names) == {*SCHEMA.names, "part", "reading", "epochs"}
     assert [task.task for task in research.counted(kept).tasks] == ["large"]
-    line = research.shown(tmp_path).splitlines()[-1]
+    line = research.shown(tmp_path).splitlines()[2]
     assert line.startswith("| 2-oracle-4 | trained on | B | -0.100 (") and "| yes |" in line
 
 
@@ -152,7 +152,7 @@ def test_a_part_runs_from_files_to_kept_rows(
     monkeypatch.setitem(research.PARTS, "2-oracle-4", part)
     monkeypatch.setattr(research, "MOST_TRAINED", 20)
     research.run("2-oracle-4", multitask, tmp_path / "runs", 1, str(tiny_folder))
-    research.keep("2-oracle-4", tmp_path / "runs", tmp_path)
+    research.keep("2-oracle-4", tmp_path / "runs", tmp_path, "abc1234")
     rows = pq.read_table(tmp_path / "research.parquet")
     tried = rows.filter(pc.equal(rows["stage"], "rate"))
     assert len(pc.unique(tried["run"])) == 10  # five rates of each
@@ -176,6 +176,13 @@ def test_the_lead_in_the_pages_own_metric_follows_from_the_comparisons_rows(
         words = ["{:.3f} ({:.3f} to {:.3f})".format(*both[i].value) for i in order]
         joint = " and " if page == "research" else " and, shared, "
         assert joint.join(words) in text
+
+
+def test_the_outcomes_on_the_page_follow_from_the_kept_rows(research: ModuleType) -> None:
+    page = (ROOT / "docs" / "research.md").read_text(encoding="utf-8").splitlines()
+    lines = research.shown(research.RESULTS).splitlines()
+    assert len(lines) > 3
+    assert [line for line in lines if line and line not in page] == []
 
 
 def test_where_prompts_went_is_summed_by_task(research: ModuleType) -> None:
