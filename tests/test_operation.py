@@ -169,6 +169,21 @@ def test_what_siblings_compute_for_each_other_is_what_each_computes(
         torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-13)
 
 
+@by_kind
+def test_compiled_it_takes_any_number_of_tokens(kind: str) -> None:
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    model = model_of(kind)
+    model.get_base_model().compile(dynamic=True, backend=counter)
+    compiled = []
+    for size in (8, 13, 21):
+        tokens = torch.arange(2 * size).reshape(2, size) % 50 + 3
+        with branch_ids(model, [0, 1]):
+            model(input_ids=tokens, use_cache=False).logits.square().mean().backward()
+        compiled.append(counter.frame_count)
+    assert len(set(compiled)) == 1
+
+
 def test_compiled_no_product_of_a_gated_layer_is_kept() -> None:
     """Two tensors of a block are as wide as its feed-forward layer, those that are multiplied."""
     torch._dynamo.reset()

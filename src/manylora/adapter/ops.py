@@ -222,7 +222,7 @@ def _backward_shapes(
     empty = z.new_empty(0)
     trained = weights is not None and Layout.decode(layout).gate != "columns"
     return [
-        z.new_empty(len(z), down.shape[1]) if rest[-1] else empty,
+        z.new_empty(z.shape[0], down.shape[1]) if rest[-1] else empty,
         torch.empty_like(z),
         *[torch.empty_like(up) for up in ups],
         torch.empty_like(weights) if weights is not None and trained else empty,

@@ -215,7 +215,8 @@ def _weights(
     if branches.gate == "router" and prompt is not None and not prompt.reads(first, x):
         return prompt.weights(layers, adapter)
     if branches.gate == "one_hot" and ids is not None:  # the same for all layers of the model
-        if ids is first.state.ids:  # the adapter may have become active since they were checked
+        # The adapter may have become active since they were checked; a graph is not made per id.
+        if ids is first.state.ids and not torch.compiler.is_compiling():
             in_range(adapter, branches, -1, first.state.highest)
         key = (branches.count, x.shape[:-1], x.dtype, x.device)
         return first.state.once(
