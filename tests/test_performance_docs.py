@@ -128,12 +128,17 @@ def test_the_readme_says_what_the_rows_say(workload: list[results.Raw]) -> None:
 def test_the_figures_of_a_cpu_follow_from_the_rows(page: str) -> None:
     rows = results.read(KEPT / "cpu_step.jsonl")
     for tokens, words in (
-        (256, "LoRA {}, HydraLoRA N = 3 {}, MultiLoRA N = 3 {}"),
-        (16, "LoRA {}, HydraLoRA {}, MultiLoRA {}"),
+        (
+            256,
+            "LoRA {}, HydraLoRA N = 3 {}, MultiLoRA N = 3 {}, "
+            "a branch chosen by id (N = 3, cluster) {}",
+        ),
+        (16, "LoRA {}, HydraLoRA {}, MultiLoRA {}, cluster {}"),
     ):
         own = [row for row in rows if row["tokens"] == tokens]
         peft = results.find(own, method="peft_lora")
-        found = [results.find(own, method=name) for name in ("lora", "hydralora", "multilora")]
+        names = ("lora", "hydralora", "multilora", "cluster")
+        found = [results.find(own, method=name) for name in names]
         ratios = [f"{results.times(row, peft):.2f}" for row in found]
         assert words.format(*ratios) in " ".join(page.split())
 
