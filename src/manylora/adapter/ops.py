@@ -220,12 +220,12 @@ def _backward_shapes(
     *rest: Any,
 ) -> Any:
     empty = z.new_empty(0)
-    trained = weights is not None and Layout.decode(layout).gate != "columns"
+    trained = None if Layout.decode(layout).gate == "columns" else weights
     return [
         z.new_empty(z.shape[0], down.shape[1]) if rest[-1] else empty,
         torch.empty_like(z),
         *[torch.empty_like(up) for up in ups],
-        torch.empty_like(weights) if weights is not None and trained else empty,
+        empty if trained is None else torch.empty_like(trained),
         empty if router is None else torch.empty_like(router),
     ]
 

@@ -118,14 +118,14 @@ def _as_computed(
         tensors = [{**t, "A": t["A"].repeat(branches.count, 1)} for t in tensors]
     if weights is None:
         return layout, tensors, None
+    layout = layout._replace(gate="given")
     if ids is None or branches.gate != "one_hot":
-        return layout._replace(gate="given"), tensors, weights
+        return layout, tensors, weights
     used = state.once(ids, branches, lambda: _used(branches, ids))
     if used is not None:
         layout = layout._replace(ranks=(branches.ranks[0],) * len(used))
         tensors = [_only(t, branches, used) for t in tensors]
         weights = weights[..., used.to(weights.device)]
-    layout = layout._replace(gate="given")
     if layout.columns_are_branches:
         scalings = first.scaling[adapter], first.shared_scaling[adapter]
         key = (branches, layout, *scalings, x.shape[:-1], x.dtype, x.device)
@@ -134,11 +134,11 @@ def _as_computed(
     return layout, tensors, weights
 
 
-def _used(branches: Branches, ids: Tensor | None) -> Tensor | None:
+def _used(branches: Branches, ids: Tensor) -> Tensor | None:
     """The branches that a batch uses, where they are few and known without asking a GPU."""
-    if ids is None or branches.gate != "one_hot" or not branches.equal_ranks:
+    if ids.is_cuda or torch.compiler.is_compiling():
         return None
-    if ids.is_cuda or torch.compiler.is_compiling() or branches.share_A or branches.share_B:
+    if branches.share_A or branches.share_B or not branches.equal_ranks:
         return None
     used = ids.unique()
     used = used[used >= 0]

@@ -54,9 +54,9 @@ class SideBySide:
     def __init__(self, ground: Ground, store: CellStore, parallel: int, energy: bool) -> None:
         self._processes = ExitStack()
         pools = [_pool(gpu, ground, store, parallel, energy) for gpu in gpus()]
-        self._free = [
-            self._processes.enter_context(pool) for _ in range(parallel) for pool in pools
-        ]
+        for pool in pools:
+            self._processes.enter_context(pool)
+        self._free = pools * parallel
         self._running: dict[Future[None], tuple[Cell, Any]] = {}
 
     def __enter__(self) -> SideBySide:
