@@ -153,6 +153,19 @@ def test_a_name_s_fields_are_set_and_shown() -> None:
     assert ax.name == "hydralora:r=2:router_input=Ax"
 
 
+def test_ranks_of_branches_are_given_with_the_name() -> None:
+    name = "branch_per_cluster_shared:r=2:branch_ranks=1+4+1"
+    (found,) = named(name, budget="lora:r=16")
+    (even,) = named("branch_per_cluster_shared:r=2", budget="lora:r=16")
+    assert isinstance(found.config, manylora.ManyLoraConfig)
+    assert isinstance(even.config, manylora.ManyLoraConfig)
+    assert found.config.branches_of().ranks == (1, 4, 1)
+    assert found.config.shared_rank == even.config.shared_rank  # 16 in all
+    assert found.params == even.params == trained(found.config)
+    assert found.config.scalings_of() == even.config.scalings_of()
+    assert found.label.endswith("3 branches, branch_ranks=1+4+1")
+
+
 def test_a_given_size_is_kept_whatever_the_budget() -> None:
     total, (found,) = contenders(["multilora:r=40"], "lora:r=4", tiny_llama(), 3, {})
     assert found.config.r == 40  # type: ignore[union-attr]
@@ -183,6 +196,9 @@ def test_labels_name_the_size(all_of_them: dict[str, Contender]) -> None:
         (["dora:use_dora=false"], "100", {}, "no field 'use_dora'"),
         (["adalora:r=4"], "100", {}, "no field 'r'"),
         (["branch_per_cluster:num_branches=4"], "100", {}, "no field 'num_branches'"),
+        (["lora_split:branch_ranks=1+2+1"], "100", {}, "give r too"),
+        (["lora_split:r=1:branch_ranks=1+x"], "100", {}, "should be a valid integer"),
+        (["branch_per_cluster:r=1:branch_ranks=1+2"], "100", {}, "names 2 branches"),
         (["full:r=4"], "100", {}, "full has no field 'r'"),
         (["hydralora:router_input=y"], "100", {}, "'x' or 'Ax'"),
         (["lora_split:router_input=Ax"], "100", {}, "lora_split:router_input=Ax does not fit"),

@@ -6,6 +6,7 @@ import importlib
 import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from manylora.comparison.rows import SCHEMA
+from manylora.comparison.store import CellStore
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -22,6 +24,10 @@ ROOT = Path(__file__).resolve().parent.parent
 def research(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     return importlib.import_module("research")
+
+
+def kept_by(research: ModuleType) -> ModuleType:
+    return importlib.import_module(research.keep.__module__)
 
 
 @pytest.fixture
@@ -104,8 +110,18 @@ def test_a_task_that_is_left_out_is_scored_and_not_trained_on(
     assert len(written(tmp_path / "data", "unseen", "names")) == 7
 
 
+def finish(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """A part's folder with the runs of the rows, finished."""
+    table = pa.Table.from_pylist(rows, schema=SCHEMA)
+    for run in pc.unique(table["run"]).to_pylist():
+        own = table.filter(pc.equal(table["run"], run))
+        CellStore(folder).write(
+            run, own.select(["method", "stage", "lr", "seed"])[:1].to_pylist()[0], own
+        )
+
+
 def test_examples_count_alike_and_small_tasks_do_not_count(
-    research: ModuleType, tmp_path: Path
+    research: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of 100 examples of 1 token and 100 of 9, B is 0.2 and 0 nats a token better: 0.1 in all."""
     rows = []
@@ -120,16 +136,15 @@ def test_examples_count_alike_and_small_tasks_do_not_count(
                     rows.append(
                         dict(zip(SCHEMA.names, (*row, tokens, nats * tokens, True), strict=True))
                     )
-    table = pa.Table.from_pylist(rows, schema=SCHEMA)
-    (tmp_path / "runs" / "2-oracle-4").mkdir(parents=True)
-    pq.write_table(table, tmp_path / "runs" / "2-oracle-4" / "rows.parquet")
-    (tmp_path / "runs" / "2-oracle-4" / "comparison.json").write_text('{"device": "none"}')
+    part = research.Part(("A", "B"), "lora:r=1", 1)
+    monkeypatch.setitem(research.PARTS, "2-oracle-4", part)
+    finish(tmp_path / "runs" / "2-oracle-4", rows)
     for _ in range(2):  # what is kept twice is there once
-        research.keep("2-oracle-4", tmp_path / "runs", tmp_path, "abc1234")
+        assert research.keep("2-oracle-4", tmp_path / "runs", tmp_path, "abc1234") == 6
     kept = pq.read_table(tmp_path / "research.parquet")
     assert kept.num_rows == len(rows)
     assert set(kept.column_names) == {*SCHEMA.names, "part", "reading", "epochs"}
-    assert [task.task for task in research.counted(kept).tasks] == ["large"]
+    assert [task.task for task in kept_by(research).counted(kept).tasks] == ["large"]
     line = research.shown(tmp_path).splitlines()[2]
     assert line.startswith("| 2-oracle-4 | trained on | B | -0.100 (") and "| yes |" in line
 
@@ -137,7 +152,7 @@ def test_examples_count_alike_and_small_tasks_do_not_count(
 def test_the_parts_of_the_page_are_those_that_can_be_run(research: ModuleType) -> None:
     page = (ROOT / "docs" / "research.md").read_text(encoding="utf-8")
     for name, part in research.PARTS.items():
-        assert f"| {name} |" in page
+        assert f"| {name} |" in page or f"| {name}, " in page
         assert f"r = {part.budget.partition(':r=')[2]} with" in page
 
 
@@ -148,11 +163,12 @@ def test_a_part_runs_from_files_to_kept_rows(
     tiny_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    part = research.Part(("lora", "branch_per_cluster_shared"), "lora:r=4", 1, seeds=1)
+    methods = ("lora", "branch_per_cluster_shared")
+    part = research.Part(methods, "lora:r=4", 1, seeds=1, compile=False)
     monkeypatch.setitem(research.PARTS, "2-oracle-4", part)
     monkeypatch.setattr(research, "MOST_TRAINED", 20)
-    research.run("2-oracle-4", multitask, tmp_path / "runs", 1, str(tiny_folder))
-    research.keep("2-oracle-4", tmp_path / "runs", tmp_path, "abc1234")
+    research.run("2-oracle-4", multitask, tmp_path / "runs", 1, str(tiny_folder), tmp_path)
+    assert research.keep("2-oracle-4", tmp_path / "runs", tmp_path, "abc1234") == 12
     rows = pq.read_table(tmp_path / "research.parquet")
     tried = rows.filter(pc.equal(rows["stage"], "rate"))
     assert len(pc.unique(tried["run"])) == 10  # five rates of each
@@ -167,8 +183,8 @@ def test_a_part_runs_from_files_to_kept_rows(
 def test_the_lead_in_the_pages_own_metric_follows_from_the_comparisons_rows(
     research: ModuleType,
 ) -> None:
-    scores = research.counted(pq.read_table(research.RESULTS / "compare.parquet"))
-    found = {one.method: one for one in research.differences(scores, "lora", "nll")}
+    scores = kept_by(research).counted(pq.read_table(research.RESULTS / "compare.parquet"))
+    found = {one.method: one for one in kept_by(research).differences(scores, "lora", "nll")}
     for page, order in (("research", (1, 0)), ("comparison", (0, 1))):
         text = " ".join((ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8").split())
         both = [found["branch_per_cluster"], found["branch_per_cluster_shared"]]
@@ -216,3 +232,96 @@ def test_the_lengths_on_the_page_follow_from_the_rows(research: ModuleType) -> N
     assert left_out.startswith("6 of 10,359") and "Now 6 of 10,359 training rows" in page
     assert padded == "188 tokens a row, 541 padded"
     assert "has 188 tokens a row, and 541 when padded" in page
+
+
+def scored(
+    method: str, seed: int, stage: str, task: str, nats: list[float]
+) -> list[dict[str, Any]]:
+    run = f"{method}{seed}{stage}"
+    return [
+        dict(
+            zip(
+                SCHEMA.names,
+                (run, method, 1, 1e-3, seed, stage, task, f"{task}.jsonl:{i}", 2, 2 * nll, True),
+                strict=True,
+            )
+        )
+        for i, nll in enumerate(nats)
+    ]
+
+
+def test_a_part_is_shown_against_another_parts_reference_when_its_runs_are_all_there(
+    research: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = research.Part(("lora", "B"), "lora:r=1", 1, seeds=2)
+    second = research.Part(("C",), "lora:r=1", 1, seeds=2, against="3-clusters-as_is")
+    monkeypatch.setitem(research.PARTS, "3-clusters-as_is", first)
+    monkeypatch.setitem(research.PARTS, "4-half", second)
+    runs, nats = tmp_path / "runs", {"lora": 2.0, "B": 1.9, "C": 1.7}
+    for name, methods in (("3-clusters-as_is", ("lora", "B")), ("4-half", ("C",))):
+        for seed in range(2):
+            for method in methods:
+                noise = np.random.default_rng(0).normal(size=100) * 0.01
+                finish(runs / name, scored(method, seed, "test", "t", list(nats[method] + noise)))
+            research.keep(name, runs, tmp_path, "abc1234")
+            if not seed:
+                assert f"| {name}" not in research.shown(tmp_path)
+    lines = research.shown(tmp_path).splitlines()
+    assert lines[2].startswith("| 3-clusters-as_is | trained on | B | -0.100 (")
+    assert lines[3].startswith("| 4-half | trained on | C | -0.300 (")
+
+
+def test_kept_runs_are_put_back_where_a_comparison_finds_them(
+    research: ModuleType, tmp_path: Path
+) -> None:
+    rows = scored("lora", 0, "rate", "t", [1.0, 2.0]) + scored("lora", 0, "test", "t", [3.0])
+    finish(tmp_path / "runs" / "2-oracle-26", rows)
+    research.keep("2-oracle-26", tmp_path / "runs", tmp_path, "abc1234")
+    research.restore("2-oracle-26", tmp_path / "new", tmp_path)
+    before, after = (CellStore(tmp_path / name / "2-oracle-26") for name in ("runs", "new"))
+    for run in ("lora0rate", "lora0test"):
+        assert after.summary(run) == before.summary(run) is not None
+        assert after.rows([run]).equals(before.rows([run]))
+    research.restore("4-half", tmp_path / "new", tmp_path)  # nothing is kept of it
+    assert not (tmp_path / "new" / "4-half").exists()
+
+
+@pytest.mark.parametrize(
+    ("need", "total", "ranks"),
+    [
+        ([1, 1, 1], 6, [2, 2, 2]),
+        ([4, 1, 1], 9, [6, 2, 1]),
+        ([100, 1, 0], 6, [4, 1, 1]),  # each has one
+        ([0, 0], 4, [2, 2]),
+        ([-1.0, 2.0], 4, [1, 3]),
+    ],
+)
+def test_rank_is_shared_out_by_need(
+    research: ModuleType, need: list[float], total: int, ranks: list[int]
+) -> None:
+    assert importlib.import_module("research_ranks").shared_out(need, total) == ranks
+
+
+def test_needs_are_read_from_the_kept_trials_by_cluster(
+    research: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of clusters a and b LoRA is left with 1 and 3 nats a token; an own branch gains 0.5 and 0."""
+    ranks = importlib.import_module("research_ranks")
+    rows = []
+    for method, a in (("lora", 1.0), (ranks.SHARED, 0.5)):
+        rows += scored(method, 0, "rate", "x", [a, 3.0])
+        rows += scored(method, 1, "rate", "x", [9.0, 9.0])  # a worse rate
+    finish(tmp_path / "runs" / "3-clusters-as_is", rows)
+    research.keep("3-clusters-as_is", tmp_path / "runs", tmp_path, "abc1234")
+    clusters = {"a": (30, ["x.jsonl:0"]), "b": (10, ["x.jsonl:1"])}
+    monkeypatch.setattr(ranks, "_clusters", lambda recipe: clusters)
+    names = tuple(f"{ranks.SHARED}:r=4:branch_ranks={need}" for need in ranks.NEEDS)
+    part = research.Part(("lora", *names), "lora:r=1", 1, against="3-clusters-as_is")
+    found = ranks.with_ranks(part, None, tmp_path / "research.parquet")
+    assert list(found.values()) == [
+        "lora",
+        *(f"{ranks.SHARED}:r=4:branch_ranks={own}" for own in ("6+2", "2+6", "7+1")),
+    ]
+    assert ranks.with_ranks(research.Part(("lora",), "", 1), None, tmp_path / "none") == {
+        "lora": "lora"
+    }

@@ -108,6 +108,11 @@ class Recipe(Strict):
         self._settle_auto()
         check_adapter(self.adapter.model_dump())
         check_parts(self.train, self.config())
+        if self.train.compile and self.quantize is not None:
+            raise ValueError(
+                f"train.compile=true and quantize={self.quantize}: quantised layers are no part of "
+                "a compiled graph; leave one of them out"
+            )
         if self.train.evaluate_every is not None and not self.validation:
             raise ValueError(
                 f"train.evaluate_every={self.train.evaluate_every} has no rows to evaluate; set "

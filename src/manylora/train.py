@@ -33,6 +33,7 @@ from manylora.training.checkpoints import (
     write_atomically,
 )
 from manylora.training.clusters import KEPT, keep
+from manylora.training.compiled import check_compile, compiled_blocks
 from manylora.training.interrupts import Interrupts
 from manylora.training.keeping import errors_tell_what_is_kept, signals_tell_what_is_kept
 from manylora.training.metering import check_energy, energy_of, metering
@@ -63,6 +64,7 @@ def train(recipe: Recipe, console: Console | None = None, resume: bool = False) 
     console = console or Console(stderr=True)
     check_reporters(recipe.train.report_to)
     check_energy(recipe.train.energy)
+    check_compile(recipe.train.compile)
     if recipe.start_from is not None:
         recipe = inherit(recipe, read_start(Path(recipe.start_from)))
     recipe = recipe.resolved()
@@ -173,7 +175,11 @@ def fit(prepared: Prepared, console: Console, interrupts: Interrupts) -> RunTrai
         start = start or StartingPoint(prepared.model)
         try:
             device = prepared.model.device
-            with interrupts.waiting(), metering(trainer, device, train.energy):
+            with (
+                interrupts.waiting(),
+                metering(trainer, device, train.energy),
+                compiled_blocks(prepared.model, train.compile),
+            ):
                 trainer.go_on(last_checkpoint(run))
             trainer.read_task_losses()  # the steps after the last logged one count as well
             return trainer

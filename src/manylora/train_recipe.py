@@ -37,10 +37,11 @@ class TrainRecipe(Strict):
     """How long and how fast: learning_rate is AdamW's peak; warmup is a share of all steps.
 
     rates multiply learning_rate for a part of the adapter (0 freezes it), weight_decays replace
-    weight_decay. early_stopping: evaluations (every evaluate_every steps) without a better one
-    after which training ends. report_to: where the losses go besides the run folder. workers:
-    processes that encode rows beside the training; 0 encodes them in between. energy: measure the
-    training's electricity with CodeCarbon.
+    weight_decay. compile: the model's blocks, with torch.compile; the first step then waits for the
+    compiler. early_stopping: evaluations (every evaluate_every steps) without a better one after
+    which training ends. report_to: where the losses go besides the run folder. workers: processes
+    that encode rows beside the training; 0 encodes them in between. energy: measure the training's
+    electricity with CodeCarbon.
     """
 
     epochs: float = Field(3.0, gt=0, allow_inf_nan=False)
@@ -56,6 +57,7 @@ class TrainRecipe(Strict):
     max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=False)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     gradient_checkpointing: bool = False
+    compile: bool = False
     log_every: int = Field(10, ge=1)
     checkpoint_every: int | None = Field(None, ge=1)
     evaluate_every: int | None = Field(None, ge=1)
@@ -76,6 +78,15 @@ class TrainRecipe(Strict):
             if not 0 <= number < math.inf:
                 raise ValueError(f"{part} is {number}; it must be 0 or more")
         return value
+
+    @model_validator(mode="after")
+    def _keeps_what_it_compiles(self) -> TrainRecipe:
+        if self.compile and self.gradient_checkpointing:
+            raise ValueError(
+                "compile=true and gradient_checkpointing=true do not go together: the compiler "
+                "chooses what is kept and what is computed again; leave one of them out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _stops_on_evaluations(self) -> TrainRecipe:

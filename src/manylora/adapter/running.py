@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 from manylora.adapter import autograd, ops
@@ -255,12 +257,14 @@ def _note(
 ) -> None:
     """Leave with each layer its router's balance loss, and what it mixed a prompt with."""
     config, state = layers[0].configs[adapter], layers[0].state
-    balanced = config.balance_loss is not None and layers[0].training and not in_backward()
+    again = not state.runs_once and in_backward()
+    balanced = config.balance_loss is not None and layers[0].training and not again
     reads_prompt = state.prompt is not None and state.prompt.reads(layers[0], x)
     if not balanced and not reads_prompt:
         return
     # A checkpoint must not count what the loss saves: its recomputation skips the loss.
-    with torch.autograd.graph.saved_tensors_hooks(itself, itself):
+    hooks = nullcontext() if state.runs_once else saved_tensors_hooks(itself, itself)
+    with hooks:
         if weights is None:
             own = by_layer(z, layout, len(layers))
             routers = [t["router"] for t in tensors]

@@ -26,7 +26,8 @@ class BranchState:
     recompute: whether layers compute their input again rather than keep it; None: on a GPU.
     prompt: where a router's weights of the prompt are kept; None: it mixes every token anew.
     made: what was made of the ids, for the layers that need the same. highest: of the ids, where
-    the caller said them.
+    the caller said them. runs_once: no block runs again in a backward pass, which is not asked then,
+    since a graph cannot ask.
     """
 
     ids: Tensor | None = None
@@ -37,6 +38,7 @@ class BranchState:
     prompt: PromptMixing | None = None
     made: dict[Hashable, tuple[Tensor, int, Any]] = field(default_factory=dict)
     highest: int = -1
+    runs_once: bool = False
 
     def hold(self, ids: Tensor | None, selected: bool, highest: int = -1) -> None:
         self.ids, self.selected, self.highest = ids, selected, highest

@@ -36,6 +36,7 @@ from manylora.precision import autocast
 from manylora.recipe import Recipe
 from manylora.run import device_name, peak_memory, versions
 from manylora.train import training_arguments
+from manylora.training.compiled import compiled_blocks
 from manylora.training.out_of_memory import Batch
 from manylora.training.validation import eval_mode
 
@@ -162,7 +163,8 @@ def _train(ground: Ground, recipe: Recipe, model: Any, use_ids: bool) -> tuple[i
             data_collator=ground.collator(recipe.packing),
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        with compiled_blocks(model, recipe.train.compile):
+            trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     last = losses[-max(1, len(losses) // 10) :]
     return trainer.state.global_step, float(sum(last) / len(last))

@@ -34,6 +34,7 @@ from manylora.energy import require_codecarbon
 from manylora.recipe import Recipe
 from manylora.report.comparison import write_comparison_page
 from manylora.training.checkpoints import write_atomically
+from manylora.training.compiled import check_compile
 from manylora.training.packing import PackingError, check_packing
 
 PAGE_FILE, TABLES_FILE = "comparison.html", "comparison.md"
@@ -74,6 +75,7 @@ def compare(
         raise ValueError(f"seeds={seeds}: at least one run of each method is needed")
     if energy:
         require_codecarbon()
+    check_compile(recipe.train.compile)
     ground = prepare_ground(recipe.resolved(), console, choice, unseen)
     base = load_model(recipe.model, recipe.dtype, recipe.quantize)
     adapter = recipe.adapter.model_dump(exclude_unset=True)

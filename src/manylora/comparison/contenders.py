@@ -31,7 +31,6 @@ FOR_ALL = (*SELECTION, "lora_alpha", "lora_dropout")
 _NOT_GIVEN = {
     *SELECTION,
     "method",
-    "branch_ranks",
     "rank_pattern",
     "alpha_pattern",
     "num_tasks",
@@ -71,8 +70,8 @@ def contenders(
     """The budget in parameters, and the methods in the order of their names.
 
     Args:
-        names: of `baselines.KINDS`, with fields as in "hydralora:num_branches=5:router_input=Ax".
-            A size that is given, as in "multilora:r=4", is kept whatever the budget.
+        names: of `baselines.KINDS`, with fields as in "hydralora:num_branches=5:router_input=Ax"
+            or "lora_moe:r=2:branch_ranks=3+1+2". A size that is given is kept whatever the budget.
         budget: parameters, as in "5000000", or a method at a size, as in "lora:r=16".
         base: only its class and configuration are read.
         tasks: branches of the methods that choose their branch by task.
@@ -148,6 +147,8 @@ def _budget(text: str, site: Site, chosen: Values) -> int:
 
 def _contender(name: str, budget: int, site: Site, chosen: Values) -> Contender:
     kind, given = _parse(name)
+    if "branch_ranks" in given and "r" not in given:
+        raise ValueError(f"{name}: give r too, which the scaling alpha / r of all branches is of")
     values = dict(given)
     for size in kind.sizes:
         if size not in given:
@@ -214,8 +215,11 @@ def _note(kind: Kind, sizes: Values, params: int, budget: int) -> str:
 
 def _label(kind: Kind, config: PeftConfig | None, given: Values) -> str:
     shape = kind.shape.format(config)
-    shown = [f"{key}={value}" for key, value in given.items() if f"{{0.{key}}}" not in kind.shape]
+    said = {**given, "branch_ranks": "+".join(map(str, given.get("branch_ranks", [])))}
+    shown = [f"{key}={said[key]}" for key in given if f"{{0.{key}}}" not in kind.shape]
     label = ", ".join([f"{kind.label} {shape}".strip(), *shown])
+    if "branch_ranks" in given:
+        return label
     if isinstance(config, ManyLoraConfig) and config.branch_ranks is not None:
         label += f", {config.branch_ranks.count(config.r + 1)} of them with r={config.r + 1}"
     return label
@@ -247,7 +251,9 @@ def _value(name: str, kind: Kind, key: str, text: str) -> Any:
         hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(sorted(known))}"
         raise ValueError(f"{name} has no field {key!r} to set here; {hint}")
     try:
-        value = TypeAdapter(hints[key]).validate_python(text)
+        value = TypeAdapter(hints[key]).validate_python(
+            text.split("+") if key == "branch_ranks" else text
+        )
     except ValidationError as error:
         problem = error.errors()[0]["msg"]
         raise ValueError(f"{name}:{key}={text}: {problem[0].lower()}{problem[1:]}") from None

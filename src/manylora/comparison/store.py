@@ -31,12 +31,11 @@ _NOT_IN_TRAINING = {
 
 
 def key_of(ground: Ground, cell: Cell) -> str:
-    # Keys of cells from before there was leave_out are what they were.
+    # Keys of cells from before there was leave_out, or compile, are what they were.
     nothing = set() if ground.recipe.leave_out else {"leave_out"}
     recipe = ground.recipe.model_dump(mode="json", exclude=_NOT_IN_A_KEY | nothing)
-    recipe["train"] = {
-        name: value for name, value in recipe["train"].items() if name not in _NOT_IN_TRAINING
-    }
+    own = _NOT_IN_TRAINING | (set() if ground.recipe.train.compile else {"compile"})
+    recipe["train"] = {name: value for name, value in recipe["train"].items() if name not in own}
     config = cell.contender.config
     values = [
         FORMAT,

@@ -1,0 +1,146 @@
+"""train.compile: the same training in compiled blocks, which are gone when it is over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partialmethod
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import manylora
+from manylora.base import load_model
+from manylora.comparison.cell import Cell
+from manylora.comparison.command import compare
+from manylora.comparison.contenders import contenders
+from manylora.comparison.ground import prepare_ground
+from manylora.comparison.store import key_of
+from manylora.recipe import Recipe, RecipeError, parse_recipe
+from manylora.train import train
+from manylora.training.compiled import CompileError, blocks_of, compiled_blocks
+from tiny import attach, tiny_llama
+
+Make = Callable[..., Recipe]
+
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {"method": "lora"},
+    "multilora": {"method": "multilora"},
+    "hydralora": {"method": "hydralora"},
+    "balanced": {"method": "hydralora", "balance_loss": "switch"},
+    "shared": {"method": "branch_per_cluster", "shared_rank": 2, "num_branches": 5},
+    "uneven": {"method": "branch_per_cluster", "branch_ranks": [1, 3, 2]},
+    "dropout": {"method": "lora", "lora_dropout": 0.2},
+}
+
+
+@pytest.fixture
+def counter(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Blocks are traced and differentiated as ever, but no kernels are made of the graphs."""
+    found = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=found))
+    return found
+
+
+def losses(model: Any, wanted: bool, steps: int = 5) -> list[float]:
+    """Of steps whose batches differ in rows, length and ids."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    found = []
+    torch.manual_seed(0)
+    needs_ids = model.peft_config["default"].branches_of().needs_ids
+    with compiled_blocks(model, wanted):
+        for step in range(steps):
+            tokens = torch.randint(3, 60, (3 + step % 3, 9 + 4 * step))
+            ids = torch.arange(len(tokens)) % 3
+            with manylora.branch_ids(model, ids) if needs_ids else nullcontext():
+                loss = model(input_ids=tokens, labels=tokens).loss + manylora.balance_loss(model)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(float(loss.detach()))
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_training_is_the_same_in_few_graphs(kind: str, counter: Any) -> None:
+    eager = losses(attach(tiny_llama(), r=4, **KINDS[kind]), False)
+    assert counter.frame_count == 0
+    compiled = losses(attach(tiny_llama(), r=4, **KINDS[kind]), True)
+    assert compiled == pytest.approx(eager, abs=1e-4)
+    # One for the first block, whose input needs no gradient, and one for the others.
+    assert 1 <= counter.frame_count <= 3
+
+
+def test_blocks_are_as_they_were_afterwards(counter: Any) -> None:
+    model = attach(tiny_llama(), r=4)
+    blocks = blocks_of(model)
+    assert [type(block).__name__ for block in blocks] == ["LlamaDecoderLayer"] * 2
+    with pytest.raises(KeyError), compiled_blocks(model):
+        assert all(block._compiled_call_impl is not None for block in blocks)
+        raise KeyError
+    assert all(block._compiled_call_impl is None for block in blocks)
+    model(input_ids=torch.tensor([[3, 4, 5]]))
+    assert counter.frame_count == 0
+
+
+def test_a_block_that_would_fall_back_to_eager_is_an_error(
+    counter: Any,
+) -> None:
+    refused = pytest.raises(CompileError, match=r"more graphs than torch keeps.*leave train.comp")
+    with refused, torch._dynamo.config.patch(recompile_limit=1):
+        losses(attach(tiny_llama(), r=2), True)
+
+
+def test_a_model_that_does_not_name_its_blocks_is_refused() -> None:
+    model = tiny_llama()
+    model._no_split_modules = None
+    with pytest.raises(CompileError, match="LlamaForCausalLM does not name its blocks"):
+        blocks_of(model)
+
+
+def test_what_does_not_go_with_it_is_refused(make_recipe: Make) -> None:
+    values = make_recipe().model_dump()
+    train = {**values["train"], "compile": True}
+    with pytest.raises(RecipeError, match="gradient_checkpointing=true do not go together"):
+        parse_recipe({**values, "train": {**train, "gradient_checkpointing": True}})
+    with pytest.raises(RecipeError, match="quantize=4bit: quantised layers"):
+        parse_recipe({**values, "train": train, "quantize": "4bit"})
+
+
+def test_a_run_is_compiled_by_torchs_own_compiler(make_recipe: Make) -> None:
+    plain = make_recipe("plain", method="branch_per_cluster", shared_rank=2)
+    compiled = make_recipe("compiled", method="branch_per_cluster", shared_rank=2)
+    compiled.train.compile = True
+    first = load_file(str(train(plain) / "adapter_model.safetensors"))
+    second = load_file(str(train(compiled) / "adapter_model.safetensors"))
+    # Adam divides by the gradient's size, so rounding moves a weight by a share of the rate.
+    assert all(torch.allclose(first[key], second[key], atol=5e-3) for key in first)
+
+
+def test_a_comparison_compiles_every_kind_of_method(
+    make_recipe: Make, tmp_path: Path, counter: Any
+) -> None:
+    values = make_recipe().model_dump(exclude={"adapter"})
+    values["train"] |= {"compile": True, "max_steps": 2}
+    recipe = parse_recipe({**values, "validation": 0.2, "evaluate": {"rows_per_task": 4}})
+    methods = ["lora", "dora", "hydralora", "branch_per_cluster", "full"]
+    compare(recipe, methods, "lora:r=4", 1, 1e-3, tmp_path / "out", 1, Console(quiet=True))
+    assert counter.frame_count >= 2 * len(methods)
+
+
+def test_runs_that_are_not_compiled_are_found_under_their_old_key(make_recipe: Make) -> None:
+    values = {**make_recipe().model_dump(exclude={"adapter"}), "validation": 0.2}
+    base = load_model(values["model"], "float32", None)
+    _, (lora,) = contenders(["lora"], "lora:r=4", base, 2, {})
+    keys = []
+    for compiled in (False, True):
+        values["train"] |= {"compile": compiled}
+        ground = prepare_ground(parse_recipe(values), Console(quiet=True))
+        keys.append(key_of(ground, Cell(lora, 1e-3, 0, "test")))
+    assert keys[0] != keys[1]
