@@ -50,6 +50,8 @@ VARIANTS = (
     *(f"{SHARED}:{one}" for one in ("share_A=true", "share_B=true", "use_rslora=true")),
     "hydralora:gate=task",
 )
+# The shared branch learns to answer alone too; then also with LoRA's scaling, alpha / sqrt(r).
+FALLBACK = (f"{SHARED}:branch_dropout=0.2", f"{SHARED}:branch_dropout=0.2:use_rslora=true")
 
 
 def _clusters(methods: tuple[str, ...], **more: object) -> Part:
@@ -67,6 +69,12 @@ PARTS |= {
     "4-variants": _clusters(VARIANTS, against="3-clusters-as_is"),
     "4-half": _clusters((SHARED,), clusters=10, against="3-clusters-as_is"),
     "4-twice": _clusters((SHARED,), clusters=40, against="3-clusters-as_is"),
+    **{
+        f"4-fallback-{reading}": _clusters(
+            FALLBACK, reading=reading, against=f"3-clusters-{reading}"
+        )
+        for reading in READINGS
+    },
     "5-baselines-1": Part(BASELINES, "lora:r=52", epochs=1, seeds=5),
     "5-baselines-3": Part(BASELINES, "lora:r=52", epochs=3, seeds=5),
 }

@@ -58,6 +58,7 @@ train:
   # evaluate_every: 50           # with `validation: 0.05` above: loss on rows kept apart
   # early_stopping: 3            # stop after so many evaluations without a better one
   # report_to: tensorboard       # or wandb, trackio
+  # compile: true                # shorter steps on a GPU; the first ones wait for the compiler
 
 evaluate:
   rows_per_task: 100             # held-out rows scored before and after

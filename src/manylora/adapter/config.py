@@ -59,6 +59,8 @@ class ManyLoraConfig(PeftConfig):
         target_modules, exclude_modules, layers_to_transform, layers_pattern, rank_pattern,
         alpha_pattern, use_rslora, bias, modules_to_save, trainable_token_indices: as LoraConfig.
         shared_rank: rank of the branch that is always on; 0 is none.
+        branch_dropout: share of the training sequences that go to the shared branch alone, so that
+            it can answer a prompt that no branch is for (gate "one_hot" with a shared branch).
         branch_ranks: a rank per branch, for methods with their own A and B per branch; s stays
             lora_alpha / r.
         gate: overrides the method's mixing weights: "ones", "uniform" (1/N, an ablation of
@@ -87,6 +89,7 @@ class ManyLoraConfig(PeftConfig):
     target_modules: list[str] | str | None = "all-linear"
     exclude_modules: list[str] | str | None = None
     shared_rank: int = 0
+    branch_dropout: float = 0.0
     branch_ranks: list[int] | None = None
     gate: Gate | None = None
     num_tasks: int | None = None
@@ -147,6 +150,14 @@ class ManyLoraConfig(PeftConfig):
                 raise ValueError(f"unknown {name}={getattr(self, name)!r}; it is one of {known}")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"lora_dropout={self.lora_dropout} must be in [0, 1)")
+        if not 0.0 <= self.branch_dropout < 1.0:
+            raise ValueError(f"branch_dropout={self.branch_dropout} must be in [0, 1)")
+        if self.branch_dropout and not (branches.gate == "one_hot" and branches.shared_rank):
+            raise ValueError(
+                f"branch_dropout={self.branch_dropout} leaves some to the shared branch alone, but "
+                f"gate={branches.gate!r} with shared_rank={branches.shared_rank} chooses no "
+                "branch beside one; give gate='one_hot' and a shared_rank, or leave it out"
+            )
         if self.balance_loss is not None and branches.gate != "router":
             raise ValueError(
                 f"balance_loss={self.balance_loss!r} balances a router's branches, but "

@@ -32,18 +32,32 @@ Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 @contextmanager
 def branch_ids(
     model: nn.Module, ids: int | Sequence[int] | Sequence[Sequence[int]] | Tensor
-) -> Iterator[None]:
+) -> Iterator[Tensor]:
     """Say which branch (or task, for a learned gate) each example or token belongs to.
 
     ids: one int for all, (batch,), or (batch, tokens) for packed rows; -1 is the shared branch
     alone. With beam search or several returned sequences, repeat each id as often.
 
+    Yields the ids that the layers go by: those, but for what an adapter's `branch_dropout` sends to
+    the shared branch alone while the model is trained (not of one int for all).
+
     Raises:
         ValueError: no manylora layer in the model, ids out of range or of the wrong shape, or
             reentrant gradient checkpointing is on.
     """
-    with set_ids(model, torch.as_tensor(ids)):
-        yield
+    with set_ids(model, torch.as_tensor(ids)) as told:
+        yield told
+
+
+def without_some(ids: Tensor, share: float) -> Tensor:
+    """-1 in the place of a share of the ids, drawn for each row; where a row has several (batch,
+    tokens), for each stretch of it that has the same one."""
+    place = torch.arange(ids.numel(), device=ids.device).reshape(ids.shape)
+    if ids.dim() == 2:
+        begins = torch.nn.functional.pad(ids[:, 1:] != ids[:, :-1], (1, 0), value=True)
+        place = (begins.flatten().cumsum(0) - 1).reshape(ids.shape)
+    dropped = (torch.rand(ids.numel()) < share).to(ids.device)
+    return torch.where(dropped[place], -1, ids)
 
 
 @contextmanager
@@ -64,19 +78,26 @@ def token_mask(model: nn.Module, mask: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def set_ids(model: nn.Module, ids: Tensor, selected: bool = False) -> Iterator[None]:
+def set_ids(model: nn.Module, ids: Tensor, selected: bool = False) -> Iterator[Tensor]:
     """`branch_ids`, also for ids that a selector chose (then one for each prompt)."""
     layers = layers_of(model)
     if not layers:
         raise ValueError("branch_ids: the model has no manylora layer; attach an adapter first")
     wanted = any(branches.needs_ids for layer in layers for branches in layer.branches.values())
+    if model.training and ids.dim() and not selected and (share := _branch_dropout(layers[0])):
+        ids = without_some(ids, share)
     # What selectors chose, perhaps one for each row's adapter, is in range as they were loaded.
     checked, highest = _check(ids, layers if wanted and not selected else [])
     states = list({id(layer.state): layer.state for layer in layers}.values())
     if wanted:
         keep_ids_through_checkpointing(model, states)
     with _restored([(state, checked, selected, highest) for state in states]):
-        yield
+        yield checked
+
+
+def _branch_dropout(layer: Any) -> float:
+    active = [config for name, config in layer.configs.items() if name in layer.active_adapters]
+    return max((config.branch_dropout for config in active), default=0.0)
 
 
 def _check(ids: Tensor, layers: Sequence[Any]) -> tuple[Tensor, int]:

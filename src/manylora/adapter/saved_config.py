@@ -68,6 +68,7 @@ class _Saved(BaseModel):
     target_modules: Names = "all-linear"
     exclude_modules: Names = None
     shared_rank: Annotated[int, Field(ge=0, le=MOST_RANK)] = 0
+    branch_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     branch_ranks: list[Rank] | None = None
     gate: str | None = None
     num_tasks: Annotated[int, Field(ge=1, le=MOST_RANK)] | None = None

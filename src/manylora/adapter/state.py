@@ -26,8 +26,8 @@ class BranchState:
     recompute: whether layers compute their input again rather than keep it; None: on a GPU.
     prompt: where a router's weights of the prompt are kept; None: it mixes every token anew.
     made: what was made of the ids, for the layers that need the same. highest: of the ids, where
-    the caller said them. runs_once: no block runs again in a backward pass, which is not asked then,
-    since a graph cannot ask.
+    the caller said them. runs_once: no block runs again in a backward pass, so
+    that no layer has to ask, which a graph cannot.
     """
 
     ids: Tensor | None = None

@@ -96,6 +96,7 @@ class ManyLoraTrainerMixin:
 
     _signature_columns: Any
     _operations_per_token: int | None = None
+    told_ids: Tensor | None = None  # that the layers went by, of the last micro-batch
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -142,7 +143,7 @@ class ManyLoraTrainerMixin:
 
     def _ids_of(
         self, inputs: dict[str, Any], generating: bool = False
-    ) -> AbstractContextManager[None]:
+    ) -> AbstractContextManager[Tensor | None]:
         """Take the ids out of the batch and tell the adapter; pairs of answers share theirs."""
         given = inputs.pop(COLUMN, None) if isinstance(inputs, MutableMapping) else None
         if given is None:
@@ -158,7 +159,7 @@ class ManyLoraTrainerMixin:
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         mine = self.model  # type: ignore[attr-defined]
-        with self._ids_of(inputs):
+        with self._ids_of(inputs) as self.told_ids:
             result = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
         extra = balance_loss(mine)
         if not isinstance(extra, Tensor):
@@ -185,10 +186,10 @@ class ManyLoraTrainerMixin:
 
 
 @contextmanager
-def _each_prompt(model: nn.Module, ids: Tensor) -> Iterator[None]:
+def _each_prompt(model: nn.Module, ids: Tensor) -> Iterator[Tensor]:
     """`branch_ids`, repeated where generate repeats its prompts for beams."""
     with branch_ids(model, ids), set_ids(model, ids, selected=True):
-        yield
+        yield ids
 
 
 def dead_gradients(model: nn.Module, adapter: str, ids: set[int] | None = None) -> list[str]:

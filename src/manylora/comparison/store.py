@@ -31,18 +31,22 @@ _NOT_IN_TRAINING = {
 
 
 def key_of(ground: Ground, cell: Cell) -> str:
-    # Keys of cells from before there was leave_out, or compile, are what they were.
+    # Keys of cells from before there was leave_out, compile or branch_dropout are what they were.
     nothing = set() if ground.recipe.leave_out else {"leave_out"}
     recipe = ground.recipe.model_dump(mode="json", exclude=_NOT_IN_A_KEY | nothing)
     own = _NOT_IN_TRAINING | (set() if ground.recipe.train.compile else {"compile"})
     recipe["train"] = {name: value for name, value in recipe["train"].items() if name not in own}
-    config = cell.contender.config
+    config = None if cell.contender.config is None else cell.contender.config.to_dict()
+    if config is not None:
+        config = {**config, "peft_version": None}
+        if not config.get("branch_dropout"):
+            config.pop("branch_dropout", None)
     values = [
         FORMAT,
         ground.content,
         recipe,
         cell.contender.name,
-        None if config is None else config.to_dict() | {"peft_version": None},
+        config,
         [cell.lr, cell.seed, cell.stage],
         *([] if ground.choice == "told" else [ground.choice]),
     ]

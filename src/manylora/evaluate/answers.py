@@ -190,11 +190,11 @@ def _watched(
     tasks: Tensor,
     ids: Tensor,
     shown: Sequence[int | None],
-) -> AbstractContextManager[None]:
+) -> AbstractContextManager[Any]:
     return nullcontext() if meter is None else meter.watching(mask, tasks, ids, shown)
 
 
-def _ids(model: Model, tasks: Tensor, use_ids: bool) -> AbstractContextManager[None]:
+def _ids(model: Model, tasks: Tensor, use_ids: bool) -> AbstractContextManager[Any]:
     return branch_ids(model, tasks) if use_ids else nullcontext()
 
 

@@ -119,7 +119,7 @@ class Contender:
                 if isinstance(value, Tensor):
                     kept[name] = value.to(device)
 
-    def _ids(self) -> AbstractContextManager[None]:
+    def _ids(self) -> AbstractContextManager[Any]:
         if self.row.method != "cluster":
             return nullcontext()
         return manylora.branch_ids(self.holder, self.batch.ids)

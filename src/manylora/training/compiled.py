@@ -53,7 +53,7 @@ def compiled_blocks(model: nn.Module, wanted: bool = True) -> Iterator[None]:
         state.runs_once = True  # there is no checkpointing
     try:
         # A length that happens to be a head's width is not to be taken for it.
-        alike = shapes.patch(use_duck_shape=False)
+        alike = shapes.patch(use_duck_shape=False)  # type: ignore[attr-defined]
         with dynamo.patch(fail_on_recompile_limit_hit=True), alike:
             yield
     except (FailOnRecompileLimitHit, TorchDynamoException) as error:

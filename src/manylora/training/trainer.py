@@ -120,11 +120,11 @@ class RunTrainer(
         self.batch_sources = inputs.pop("sources")
         if self.use_ids:
             inputs["branch_ids"] = tasks
-        if self.state.global_step < GradientCheck.STEPS:
-            self.step_ids.update(tasks.unique().tolist())
         mine: Any = self.model
         with token_mask(mine, mask):
             loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if self.state.global_step < GradientCheck.STEPS and self.told_ids is not None:
+            self.step_ids.update(self.told_ids.unique().tolist())
         self._count(tasks, mask, inputs["labels"])
         return loss
 

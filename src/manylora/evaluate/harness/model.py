@@ -190,7 +190,7 @@ class AdapterLM(HFLM):
             chosen.update(zip(some, picked, strict=True))
         return [chosen[tuple(prompt)] for prompt in prompts]
 
-    def _branch(self, branch: int | None) -> AbstractContextManager[None]:
+    def _branch(self, branch: int | None) -> AbstractContextManager[Any]:
         return nullcontext() if branch is None else branch_ids(self.model, branch)
 
 
