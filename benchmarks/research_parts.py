@@ -7,7 +7,7 @@ from typing import Literal
 
 from readings import READINGS
 
-from manylora.comparison.ground import Choice
+from manylora.recipe import Choice
 
 # random.Random(0).sample of the 23 tasks with 100 held-out examples, sorted by name
 LEFT_OUT = ("math_gsm8k", "med_medquad", "code_bash", "instr_dolly", "qa_arc", "nli_mnli")

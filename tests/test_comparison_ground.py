@@ -65,7 +65,7 @@ def test_a_selector_that_is_always_right_is_as_good_as_being_told(recipe: Recipe
     for split in (told.train, told.validation):
         data = dataset_of(split, told.tasks, told.encoder)
         rows = [data[i] for i in range(len(data))]
-        assert torch.equal(chosen.collator()(rows)["task_ids"], told.collator()(rows)["task_ids"])
+        assert torch.equal(chosen.collator()(rows)["branch_ids"], told.collator()(rows)["task_ids"])
     cell = Cell(branch_per_task(recipe), 1e-2, 0, "rate")
     (_, first), (_, second) = (run_cell(ground, cell, "one") for ground in (told, chosen))
     assert first.equals(second)
@@ -82,7 +82,7 @@ def test_a_branch_is_chosen_from_the_prompt_and_not_from_the_answer(recipe: Reci
     alone = [int(ground.selector.select(torch.tensor([p]), torch.ones(1, len(p)))) for p in prompts]
     data = dataset_of(ground.test, ground.tasks, ground.encoder)
     batch = ground.collator()([data[i] for i in range(len(data))])
-    assert batch["task_ids"].tolist() == alone
+    assert batch["branch_ids"].tolist() == alone == ground.selector.choose(prompts)
 
 
 def with_long_rows(recipe: Recipe, folder: Path) -> Recipe:
@@ -105,9 +105,9 @@ def test_packing_changes_neither_the_choice_nor_what_is_learned(
     rows = [data[i] for i in range(len(data))]
     padded, packed = ground.collator()(rows), ground.collator(packing=True)(rows)
     assert packed["input_ids"].shape[0] < padded["input_ids"].shape[0]
-    by_source = dict(zip(padded["sources"], padded["task_ids"].tolist(), strict=True))
+    by_source = dict(zip(padded["sources"], padded["branch_ids"].tolist(), strict=True))
     starts = (packed["position_ids"] == 0) & packed["token_mask"].bool()
-    assert packed["task_ids"][starts].tolist() == [by_source[one] for one in packed["sources"]]
+    assert packed["branch_ids"][starts].tolist() == [by_source[one] for one in packed["sources"]]
     cell = Cell(branch_per_task(recipe), 1e-2, 0, "rate")
     (_, one), (_, other) = (
         run_cell(replace(ground, recipe=recipe.model_copy(update={"packing": on})), cell, "one")

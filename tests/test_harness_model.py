@@ -75,10 +75,9 @@ def ours(
         for answer in ANSWERS:
             both = tokenizer.encode(text + answer)
             prompt = tokenizer.encode(text)
-            question = Question(
-                prompt, [both[len(prompt) :]], 0, 0 if branches is None else branches[i]
-            )
-            ((score,),) = score_answers(model, [question], 0, use_ids=branches is not None)
+            branch = None if branches is None else branches[i]
+            question = Question(prompt, [both[len(prompt) :]], 0, 0, branch)
+            ((score,),) = score_answers(model, [question], 0)
             found.append(score.log_likelihood)
     return found
 

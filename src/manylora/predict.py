@@ -82,8 +82,7 @@ def _check_task(run: Path, selector: BranchSelector | None, task: str | None) ->
 
 def _choose(selector: BranchSelector, prompts: Sequence[list[int]], task: str | None) -> list[int]:
     if task is None:
-        ids, mask, _ = left_padded(list(prompts), 0)
-        return [int(i) for i in selector.select(ids, mask)]
+        return selector.choose(prompts)
     return [selector.names.index(task)] * len(prompts)
 
 

@@ -37,6 +37,7 @@ from manylora.training.optimizer import check_parts
 RECIPE_FILE = "recipe.yaml"
 AUTO = "auto"
 TASK_WORDS = ("named", "discovered")
+Choice = Literal["told", "selector"]
 
 # What a run decides itself, or what only a caller in Python can use.
 _NOT_IN_A_RECIPE = {
@@ -73,7 +74,9 @@ class Recipe(Strict):
 
     tasks: those that the data name; "discovered", clusters of the training rows' prompts instead;
     or the clusters of a folder that `manylora discover` wrote. leave_out: those of them that the
-    run is to do without.
+    run is to do without. branches: who says which branch a row goes to, in training and in scores,
+    where the adapter goes by that: "told", its task; "selector", what the adapter's selector makes
+    of its prompt, as in generation. Default: told, but the selector for clusters.
     """
 
     model: str = DEFAULT_MODEL
@@ -84,6 +87,7 @@ class Recipe(Strict):
     fields: Fields = Fields()
     tasks: str = "named"
     leave_out: list[str] = Field(default_factory=list)
+    branches: Choice | None = None
     discovery: DiscoveryOptions = DiscoveryOptions()
     on_bad_row: Literal["refuse", "skip"] = "refuse"
     holdout: float = Field(0.1, gt=0, lt=1)
@@ -132,6 +136,11 @@ class Recipe(Strict):
             )
         if self.config().branches_of().gate == "one_hot":
             self.adapter = self.adapter.model_copy(update={"num_branches": None})
+
+    @property
+    def choice(self) -> Choice:
+        """`branches`, or what it is by default."""
+        return self.branches or ("told" if self.tasks == "named" else "selector")
 
     def load_corpus(self, count: Count = lambda rows: None) -> Corpus:
         """Read and split the rows; count is told how many have been read, from time to time."""

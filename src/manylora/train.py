@@ -32,6 +32,7 @@ from manylora.training.checkpoints import (
     publish_files,
     write_atomically,
 )
+from manylora.training.choosing import ChoosingCollator
 from manylora.training.clusters import KEPT, keep
 from manylora.training.compiled import check_compile, compiled_blocks
 from manylora.training.interrupts import Interrupts
@@ -231,7 +232,10 @@ def make_trainer(
         eval_dataset=dataset_of(validation, prepared.tasks, prepared.encoder)
         if recipe.train.evaluate_every
         else None,
-        data_collator=Collator(int(prepared.tokenizer.pad_token_id), recipe.packing),
+        data_collator=ChoosingCollator(
+            Collator(int(prepared.tokenizer.pad_token_id), recipe.packing),
+            config_of(prepared.model).branch_selector if recipe.choice == "selector" else None,
+        ),
         callbacks=[saves, metrics, *more, check, bar],
     )
     trainer.remove_callback(PrinterCallback)

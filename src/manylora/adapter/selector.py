@@ -27,6 +27,7 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from manylora.adapter.centroids import (
     CHUNK,
@@ -139,6 +140,12 @@ class BranchSelector:
             lengths = mask[some].sum(1).numpy()
             chosen[some] = torch.from_numpy(self._chosen(ids[some][mask[some]].numpy(), lengths))
         return chosen
+
+    def choose(self, prompts: Sequence[Sequence[int]]) -> list[int]:
+        """A branch id for each prompt (token ids), -1 for the shared branch alone; as `select`."""
+        lengths = torch.tensor([[len(prompt)] for prompt in prompts])
+        ids = pad_sequence([torch.tensor(prompt, dtype=torch.long) for prompt in prompts], True)
+        return [int(i) for i in self.select(ids, torch.arange(ids.shape[1]) < lengths)]
 
     def _chosen(self, ids: Numbers, lengths: Numbers) -> Numbers:
         features = weigh(count_tokens(ids, lengths, self.idf.numel()), self.idf.numpy())

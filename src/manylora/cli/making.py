@@ -54,9 +54,12 @@ def compare(
         bool, typer.Option("--energy", help="Measure each run's with CodeCarbon.")
     ] = False,
     branches: Annotated[
-        Literal["told", "selector"],
-        typer.Option(help="Who says which branch: the row's task, or a selector from the prompt."),
-    ] = "told",
+        Literal["told", "selector"] | None,
+        typer.Option(
+            help="Who says which branch: the row's task, or a selector from the prompt. "
+            "Default: the recipe's, else told."
+        ),
+    ] = None,
     unseen: Annotated[
         Path | None, typer.Option(help="Tasks to score without training on them.")
     ] = None,
@@ -79,7 +82,7 @@ def compare(
         parallel,
         console,
         energy,
-        branches,
+        branches or read.branches or "told",
         unseen,
     )
     Console(highlight=False).print(found.verdict, markup=False, soft_wrap=True)

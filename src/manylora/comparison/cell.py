@@ -185,9 +185,9 @@ def score_rows(
         order = sorted(range(len(own)), key=lambda i: int(own.sizes[i]))
         for places in _batches(order, ground.recipe.evaluate.batch_size):
             batch = collate([data[i] for i in places])
-            if ground.selector is None:
-                batch["task_ids"].fill_(ground.task_id(task))
-            ids = batch["task_ids"]
+            ids = batch["task_ids"].fill_(ground.task_id(task))
+            if ground.selector is not None:
+                ids = batch["branch_ids"]
             on_device = {k: v.to(device) for k, v in batch.items() if k != "sources"}
             inputs, _ = prepared(on_device, False, before_text)
             with branch_ids(model, ids) if use_ids else nullcontext():

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from manylora.base import load_model
 from manylora.comparison.contenders import Contender, contenders
 from manylora.comparison.grid import Grid
-from manylora.comparison.ground import Choice, Ground, prepare_ground
+from manylora.comparison.ground import Ground, prepare_ground
 from manylora.comparison.intervals import differences, summarise
 from manylora.comparison.result import (
     COMPARISON_FILE,
@@ -31,7 +31,7 @@ from manylora.comparison.tables import markdown
 from manylora.comparison.verdict import verdict
 from manylora.corpus import Data
 from manylora.energy import require_codecarbon
-from manylora.recipe import Recipe
+from manylora.recipe import Choice, Recipe
 from manylora.report.comparison import write_comparison_page
 from manylora.training.checkpoints import write_atomically
 from manylora.training.compiled import check_compile

@@ -8,26 +8,21 @@ they are scored by the tasks that the data name.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from rich.console import Console
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from manylora.adapter.selector import BranchSelector
 from manylora.base import load_tokenizer
 from manylora.corpus import Collator, Corpus, CorpusError, DataOptions, Encoder, Rows
-from manylora.corpus.batches import Row
 from manylora.corpus.split import read_rows
-from manylora.recipe import Recipe
+from manylora.recipe import Choice, Recipe
+from manylora.training.choosing import ChoosingCollator
 from manylora.training.clusters import settle
 from manylora.training.prepare import fit_selector, fitting, read_corpus
-
-Choice = Literal["told", "selector"]
 
 
 @dataclass(frozen=True)
@@ -61,27 +56,6 @@ class Ground:
     def task_id(self, task: str) -> int:
         """The place of its branch; -1, the shared branch alone, for one that is not trained on."""
         return self.tasks.index(task) if task in self.tasks else -1
-
-
-@dataclass(frozen=True)
-class ChoosingCollator:
-    """A collator whose rows go to the branch that a selector chose, in the place of their task's.
-
-    It sees a row's prompt alone, what comes before the first learned token, and before the rows are
-    padded or packed, so neither changes what it chooses.
-    """
-
-    collate: Collator
-    selector: BranchSelector | None
-
-    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
-        if self.selector is not None:
-            prompts = [torch.tensor(row["input_ids"][: row["learned"][0][0]]) for row in rows]
-            ids = pad_sequence(prompts, batch_first=True)
-            lengths = torch.tensor([[len(prompt)] for prompt in prompts])
-            chosen = self.selector.select(ids, torch.arange(ids.shape[1]) < lengths).tolist()
-            rows = [{**row, "task_id": own} for row, own in zip(rows, chosen, strict=True)]
-        return self.collate(rows)
 
 
 def prepare_ground(

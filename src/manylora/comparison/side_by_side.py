@@ -20,9 +20,9 @@ from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from manylora.comparison.cell import Cell, run_cell
-from manylora.comparison.ground import Choice, Ground, prepare_ground
+from manylora.comparison.ground import Ground, prepare_ground
 from manylora.comparison.store import CellStore, key_of
-from manylora.recipe import Recipe
+from manylora.recipe import Choice, Recipe
 
 _MOST_ON_A_GPU = 8
 _CONTEXT_BYTES = 0.6e9  # of a process on a GPU, beside its tensors

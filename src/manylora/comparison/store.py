@@ -23,7 +23,7 @@ from manylora.training.checkpoints import write_atomically
 
 FORMAT = 1
 # What a cell's result does not depend on.
-_NOT_IN_A_KEY = {"output", "adapter", "start_from", "data"}
+_NOT_IN_A_KEY = {"output", "adapter", "start_from", "data", "branches"}
 _NOT_IN_TRAINING = {
     *("learning_rate", "checkpoint_every", "report_to", "workers", "log_every"),
     "energy",

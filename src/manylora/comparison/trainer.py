@@ -67,10 +67,11 @@ def prepared(
     inputs: dict[str, Any], use_ids: bool, before_text: bool
 ) -> tuple[dict[str, Any], Tensor]:
     """(what the model is given, which tokens are no padding) of a collated batch."""
-    left = {k: v for k, v in inputs.items() if k not in ("task_ids", "token_mask", "sources")}
+    aside = ("task_ids", "branch_ids", "token_mask", "sources")
+    left = {k: v for k, v in inputs.items() if k not in aside}
     mask: Tensor = inputs["token_mask"]
     if use_ids:
-        left["branch_ids"] = inputs["task_ids"]
+        left["branch_ids"] = inputs.get("branch_ids", inputs["task_ids"])
     if before_text:
         left.pop("position_ids")  # PEFT counts the method's own tokens too
     return left, mask

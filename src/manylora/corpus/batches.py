@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -25,12 +25,16 @@ IGNORED = -100
 
 
 class Row(TypedDict):
-    """One example of the training data set; learned: spans of input_ids that carry loss."""
+    """One example of the training data set; learned: spans of input_ids that carry loss.
+
+    branch_id: that its prompt was given, where that is not its task's id.
+    """
 
     input_ids: list[int]
     learned: list[tuple[int, int]]
     task_id: int
     source: str
+    branch_id: NotRequired[int]
 
 
 def dataset_of(rows: dict[str, Rows], tasks: Sequence[str], encoder: Encoder) -> Dataset:
@@ -87,6 +91,8 @@ class Collator:
             "token_mask": torch.zeros(shape, dtype=torch.long),
             "task_ids": torch.zeros(shape, dtype=torch.long),
         }
+        if chosen := "branch_id" in rows[0]:
+            batch["branch_ids"] = torch.zeros(shape, dtype=torch.long)
         for line, group in enumerate(groups):
             # Padding on the right: on the left it would be queries that may attend to nothing, for
             # which some attention kernels on GPUs give NaN, and 0 x NaN spoils the other tokens.
@@ -97,6 +103,8 @@ class Collator:
         if not self.packing:
             batch["attention_mask"] = batch["token_mask"]
             batch["task_ids"] = torch.tensor([row["task_id"] for row in rows])
+            if chosen:
+                batch["branch_ids"] = torch.tensor([row["branch_id"] for row in rows])
         return {**batch, "sources": sources}
 
 
@@ -108,6 +116,8 @@ def _put(batch: dict[str, Tensor], line: int, start: int, row: Row) -> int:
     batch["position_ids"][line, start:stop] = torch.arange(len(ids))
     batch["token_mask"][line, start:stop] = 1
     batch["task_ids"][line, start:stop] = row["task_id"]
+    if "branch_id" in row:
+        batch["branch_ids"][line, start:stop] = row["branch_id"]
     for first, last in row["learned"]:
         batch["labels"][line, start + first : start + last] = ids[first:last]
     return stop

@@ -27,13 +27,15 @@ Model = PreTrainedModel | PeftModel
 class Question:
     """A prompt and possible answers as token ids (each at least one token); gold: the right one.
 
-    shown: its place among the examples of its task whose routing a meter keeps token by token.
+    branch: that the adapter is told, where it goes by that. shown: its place among the examples of
+    its task whose routing a meter keeps token by token.
     """
 
     prompt: list[int]
     answers: list[list[int]]
     gold: int
     task_id: int
+    branch: int | None = None
     shown: int | None = None
 
 
@@ -52,20 +54,17 @@ def score_answers(
     questions: Sequence[Question],
     pad_token_id: int,
     batch_size: int = 16,
-    use_ids: bool = False,
     meter: RoutingMeter | None = None,
 ) -> list[list[AnswerScore]]:
-    """Score every answer of every question; all questions have the same number of answers.
+    """Score every answer of every question; all have the same number of answers, and all or none
+    a branch.
 
-    use_ids: give the adapter each question's task id as its branch id. meter: counts routing over
-    the tokens of prompts and right answers.
+    meter: counts routing over the tokens of prompts and right answers.
     """
     scores: list[list[AnswerScore]] = [[] for _ in questions]
     for batch in _batches([len(question.prompt) for question in questions], batch_size):
         picked = [questions[i] for i in batch]
-        for i, found in zip(
-            batch, _score(model, picked, pad_token_id, use_ids, meter), strict=True
-        ):
+        for i, found in zip(batch, _score(model, picked, pad_token_id, meter), strict=True):
             scores[i] = found
     return scores
 
@@ -74,13 +73,13 @@ def _score(
     model: Model,
     questions: list[Question],
     pad: int,
-    use_ids: bool,
     meter: RoutingMeter | None,
 ) -> list[list[AnswerScore]]:
     ids, mask, positions = left_padded([q.prompt for q in questions], pad, model.device)
     tasks = torch.tensor([q.task_id for q in questions])
+    branches = [q.branch for q in questions]
     shown = [q.shown for q in questions]
-    with _watched(meter, mask, tasks, ids, shown), _ids(model, tasks, use_ids):
+    with _watched(meter, mask, tasks, ids, shown), _told(model, branches):
         read = model(
             input_ids=ids,
             attention_mask=mask,
@@ -105,7 +104,7 @@ def _score(
         shown = [q.shown if i == q.gold else None for q in questions for i in range(count)]
         with (
             _watched(meter, counted, tasks, more, shown),
-            _ids(model, tasks, use_ids),
+            _told(model, [branch for branch in branches for _ in range(count)]),
         ):
             rest = model(
                 input_ids=more,
@@ -194,8 +193,9 @@ def _watched(
     return nullcontext() if meter is None else meter.watching(mask, tasks, ids, shown)
 
 
-def _ids(model: Model, tasks: Tensor, use_ids: bool) -> AbstractContextManager[Any]:
-    return branch_ids(model, tasks) if use_ids else nullcontext()
+def _told(model: Model, branches: Sequence[int | None]) -> AbstractContextManager[Any]:
+    given = [branch for branch in branches if branch is not None]
+    return branch_ids(model, given) if given else nullcontext()
 
 
 def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:

@@ -54,14 +54,29 @@ class Scorer:
     def base(self, model: PeftModel) -> dict[str, Metrics]:
         """Scores of the base model: the adapter is switched off."""
         with model.disable_adapter():
-            return self._score(model, "base model", None, False)
+            return self._score(model, "base model", None, None)
 
     def adapter(self, model: PeftModel) -> tuple[dict[str, Metrics], RoutingMeter]:
         """Scores with the adapter, and where its router sent the tokens."""
         meter = RoutingMeter(model, self.task_ids)
         config = config_of(model)
         self.selector, use_ids = config.branch_selector, config.branches_of().needs_ids
-        return self._score(model, "adapter", meter, use_ids), meter
+        branches = self._branches() if use_ids else None
+        return self._score(model, "adapter", meter, branches), meter
+
+    def _branches(self) -> dict[str, list[int]]:
+        """Of the rows of each task: told, or chosen from their prompts."""
+        if self.recipe.choice == "told" or self.selector is None:
+            return {
+                task.name: [self.task_ids.index(task.name)] * len(task.encoded)
+                for task in self.tasks
+            }
+        return {
+            task.name: self.selector.choose(
+                [item.input_ids[: item.prompt_length] for item in task.encoded]
+            )
+            for task in self.tasks
+        }
 
     def _programs_said(self) -> str:
         tested = sum(len(task.tested) for task in self.tasks)
@@ -83,7 +98,11 @@ class Scorer:
             write_choices(run, choices_of(self.selector, encoded))
 
     def _score(
-        self, model: PeftModel, what: str, meter: RoutingMeter | None, use_ids: bool
+        self,
+        model: PeftModel,
+        what: str,
+        meter: RoutingMeter | None,
+        branches: dict[str, list[int]] | None,
     ) -> dict[str, Metrics]:
         rows = sum(len(task.examples) for task in self.tasks)
         eval_mode(model)
@@ -96,7 +115,7 @@ class Scorer:
                 self.tasks,
                 self.task_ids,
                 self.recipe.evaluate.batch_size,
-                use_ids,
+                branches,
                 self.recipe.evaluate.generate,
                 meter,
                 self.programs,

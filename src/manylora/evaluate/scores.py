@@ -17,7 +17,7 @@ Intervals are percentile bootstraps over a task's rows (2,000 resamples, seeded)
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -102,25 +102,28 @@ def score_tasks(
     tasks: Sequence[HeldOut],
     all_tasks: Sequence[str],
     batch_size: int = 16,
-    use_ids: bool = False,
+    branches: Mapping[str, list[int]] | None = None,
     generate: bool = True,
     meter: RoutingMeter | None = None,
     programs: Programs | None = None,
 ) -> dict[str, Metrics]:
     """Metric intervals for each task.
 
-    all_tasks: names in the order of their ids. programs: programs that the model writes may run.
+    all_tasks: names in the order of their ids. branches: of each task's rows, for an adapter that
+    goes by them. programs: programs that the model writes may run.
     """
     pad = int(tokenizer.pad_token_id)
     result = {}
     for task in tasks:
         task_id = list(all_tasks).index(task.name)
-        branch = task_id if use_ids else None
+        own = None if branches is None else branches[task.name]
         written: list[str] = []
         questions = [_question(task, i, tokenizer, task_id) for i in range(len(task.examples))]
         for place, row in enumerate(shortest([len(item.input_ids) for item in task.encoded])):
             questions[row] = replace(questions[row], shown=place)
-        scores = score_answers(model, questions, pad, batch_size, use_ids, meter)
+        if own is not None:
+            questions = [replace(q, branch=id_) for q, id_ in zip(questions, own, strict=True)]
+        scores = score_answers(model, questions, pad, batch_size, meter)
         right = [found[q.gold] for found, q in zip(scores, questions, strict=True)]
         values = {
             "nll": [-score.log_likelihood / score.tokens for score in right],
@@ -132,10 +135,10 @@ def score_tasks(
                 for found, best in zip(scores, right, strict=True)
             ]
         elif generate:
-            written = _written(model, tokenizer, task, batch_size, branch)
+            written = _written(model, tokenizer, task, batch_size, own)
             values |= text_scores(written, [example.output for example in task.examples])
         if programs is not None and len(task.tested) > 1:
-            values |= _pass_rates(model, tokenizer, task, batch_size, branch, programs, written)
+            values |= _pass_rates(model, tokenizer, task, batch_size, own, programs, written)
         result[task.name] = {metric: interval(value) for metric, value in values.items()}
     return result
 
@@ -167,16 +170,17 @@ def _written(
     tokenizer: PreTrainedTokenizerBase,
     task: HeldOut,
     batch_size: int,
-    task_id: int | None,
+    branches: Sequence[int] | None,
     rows: Sequence[int] | None = None,
     sampling: Sampling | None = None,
 ) -> list[str]:
     """The model's own answer to each row of the task, or to each of `rows`."""
-    asked = task.encoded if rows is None else [task.encoded[row] for row in rows]
+    rows = range(len(task.encoded)) if rows is None else rows
+    asked = [task.encoded[row] for row in rows]
     prompts = [item.input_ids[: item.prompt_length] for item in asked]
     limit = 2 * max(len(item.input_ids) - item.prompt_length for item in task.encoded)
     ends = sorted({item.input_ids[-1] for item in task.encoded} | {int(tokenizer.eos_token_id)})
-    ids = None if task_id is None else [task_id] * len(prompts)
+    ids = None if branches is None else [branches[row] for row in rows]
     answers = generate_answers(
         model, prompts, int(tokenizer.pad_token_id), ends, limit, batch_size, ids, sampling
     )
@@ -188,7 +192,7 @@ def _pass_rates(
     tokenizer: PreTrainedTokenizerBase,
     task: HeldOut,
     batch_size: int,
-    task_id: int | None,
+    branches: Sequence[int] | None,
     programs: Programs,
     greedy: Sequence[str],
 ) -> dict[str, list[float]]:
@@ -200,7 +204,7 @@ def _pass_rates(
     rows = [row for row in task.tested for _ in range(n)]
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
-        written = _written(model, tokenizer, task, batch_size, task_id, rows, programs.sampling)
+        written = _written(model, tokenizer, task, batch_size, branches, rows, programs.sampling)
     answers = [written[i : i + n] for i in range(0, len(written), n)]
     return programs.pass_rates(tested, answers)
 

@@ -119,7 +119,7 @@ class RunTrainer(
         mask: Tensor = inputs.pop("token_mask")
         self.batch_sources = inputs.pop("sources")
         if self.use_ids:
-            inputs["branch_ids"] = tasks
+            inputs.setdefault("branch_ids", tasks)
         mine: Any = self.model
         with token_mask(mine, mask):
             loss = super().compute_loss(model, inputs, *args, **kwargs)
