@@ -110,6 +110,10 @@ def shown(results: Path) -> str:
         "| part | tasks | method | NLL, nats | separates | accuracy, points | separates |",
         "|---|---|---|---:|---|---:|---|",
     ]
+    without = [
+        "| part | tasks | method | task that differs most | NLL without it, nats |",
+        "|---|---|---|---|---:|",
+    ]
     by_task: list[str] = []
     parts = {table["part"][0].as_py(): table for table in _kept(results)}
     for name, rows in parts.items():
@@ -122,8 +126,9 @@ def shown(results: Path) -> str:
                 scores = counted(rows, stage)
                 found = [differences(scores, reference, m) for m in ("nll", "correct")]
                 whole += _overall(f"| {name} | {which}", *found)
+                without += _without(f"| {name} | {which}", scores, found[0])
                 by_task += ["", *_tasks(f"NLL by task: {name}, {which}", found[0])]
-    return "\n".join([*whole, *by_task])
+    return "\n".join([*whole, "", *without, *by_task])
 
 
 def _finished(rows: pa.Table, part: Part) -> bool:
@@ -146,6 +151,17 @@ def _overall(start: str, nll: list[Difference], right: list[Difference]) -> list
     for one, other in zip(nll, right, strict=True):
         cells = [start, one.method, _interval(one.value), _said(one)]
         lines.append(" | ".join([*cells, _interval(other.value, 100, "+.1f"), _said(other)]) + " |")
+    return lines
+
+
+def _without(start: str, scores: Scores, found: list[Difference]) -> list[str]:
+    """Each difference again, without the task that differs most: how much of it is one task's."""
+    lines = []
+    for one in found if len(scores.tasks) > 1 else ():
+        most = max(one.tasks, key=lambda task: abs(task.value[0])).task
+        others = replace(scores, tasks=[task for task in scores.tasks if task.task != most])
+        left = {d.method: d for d in differences(others, one.reference, "nll")}[one.method]
+        lines.append(" | ".join([start, one.method, most, _interval(left.value)]) + " |")
     return lines
 
 

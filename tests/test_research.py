@@ -271,6 +271,31 @@ def test_a_part_is_shown_against_another_parts_reference_when_its_runs_are_all_t
     assert lines[3].startswith("| 4-half | trained on | C | -0.300 (")
 
 
+def test_a_difference_is_shown_without_the_task_that_makes_most_of_it(
+    research: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of -0.3, -0.1 and -0.1 in three tasks the mean is -0.167, and -0.1 without the first."""
+    monkeypatch.setitem(research.PARTS, "4-half", research.Part(("A", "B"), "lora:r=1", 1, seeds=1))
+    for task, gap in (("large", 0.3), ("one", 0.1), ("two", 0.1)):
+        for method, nats in (("A", 2.0), ("B", 2.0 - gap)):
+            rows = scored(method, 0, "test", task, [nats + i / 1000 for i in range(100)])
+            for row in rows:
+                row["run"] = method
+            finish(tmp_path / "part" / task, rows)
+    tables = [
+        CellStore(tmp_path / "part" / task).rows([method])
+        for method in "AB"
+        for task in ("large", "one", "two")
+    ]
+    for method, own in (("A", tables[:3]), ("B", tables[3:])):
+        summary = {"method": method, "stage": "test", "lr": 1e-3, "seed": 0}
+        CellStore(tmp_path / "runs" / "4-half").write(method, summary, pa.concat_tables(own))
+    research.keep("4-half", tmp_path / "runs", tmp_path, "abc1234")
+    lines = research.shown(tmp_path).splitlines()
+    assert lines[2].startswith("| 4-half | trained on | B | -0.167 (")
+    assert lines[6].startswith("| 4-half | trained on | B | large | -0.100 (")
+
+
 def test_kept_runs_are_put_back_where_a_comparison_finds_them(
     research: ModuleType, tmp_path: Path
 ) -> None:
