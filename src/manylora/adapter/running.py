@@ -257,8 +257,8 @@ def _note(
 ) -> None:
     """Leave with each layer its router's balance loss, and what it mixed a prompt with."""
     config, state = layers[0].configs[adapter], layers[0].state
-    again = not state.runs_once and in_backward()
-    balanced = config.balance_loss is not None and layers[0].training and not again
+    balanced = config.balance_loss is not None and layers[0].training
+    balanced = balanced and (state.runs_once or not in_backward())
     reads_prompt = state.prompt is not None and state.prompt.reads(layers[0], x)
     if not balanced and not reads_prompt:
         return
