@@ -70,8 +70,38 @@ def test_without_it_nothing_is_drawn() -> None:
 
 
 @pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        (torch.tensor([True, False]), "must be integers"),
+        (torch.zeros(2, 0, dtype=torch.long), "must be integers"),
+        (torch.tensor([99] * 3), r"got 99\.\.99"),
+    ],
+)
+def test_ids_are_checked_before_some_are_dropped(ids: torch.Tensor, words: str) -> None:
+    model = attach(tiny_llama(), branch_dropout=0.99, **SHARED).train()
+    with pytest.raises(ValueError, match=words):
+        told(model, ids)
+
+
+def test_ids_that_cannot_be_negative_are_dropped_too() -> None:
+    model = attach(tiny_llama(), branch_dropout=0.99, **SHARED).train()
+    assert -1 in told(model, torch.tensor([0, 1, 2] * 20, dtype=torch.uint8))
+
+
+def test_an_adapter_that_is_not_on_the_first_layer_drops_too() -> None:
+    model = attach(tiny_llama(), method="lora", target_modules=["q_proj"], task_type="CAUSAL_LM")
+    more = manylora.ManyLoraConfig(branch_dropout=0.99, target_modules=["down_proj"], **SHARED)
+    model.add_adapter("other", more)
+    model.set_adapter("other")
+    assert -1 in told(model.train(), [0, 1, 2] * 20)
+
+
+@pytest.mark.parametrize(
     ("config", "words"),
     [
+        ({"branch_dropout": "0.2", **SHARED}, r"branch_dropout='0.2' must be in \[0, 1\)"),
+        ({"branch_dropout": False, **SHARED}, r"branch_dropout=False must be in \[0, 1\)"),
+        ({"branch_dropout": float("nan"), **SHARED}, r"branch_dropout=nan must be in \[0, 1\)"),
         ({"branch_dropout": 1.0, **SHARED}, r"branch_dropout=1.0 must be in \[0, 1\)"),
         ({"branch_dropout": 0.1, **SHARED, "shared_rank": 0}, "with shared_rank=0 chooses no"),
         ({"branch_dropout": 0.1, "method": "hydralora", "shared_rank": 2}, "gate='router'"),

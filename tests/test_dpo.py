@@ -206,6 +206,34 @@ def test_balance_loss_is_the_policys_counted_once(tiny_folder: Path, tmp_path: P
     assert balance_loss(trainer.model) == 0.0
 
 
+def test_branch_dropout_drops_a_whole_pair(tiny_folder: Path, tmp_path: Path) -> None:
+    """In the policy and in the reference, which is a copy of the adapter in the same layers."""
+    model = model_of(method="branch_per_cluster", shared_rank=2, branch_dropout=0.5)
+    trainer = trainer_of(tiny_folder, tmp_path, model)
+    trainer.model.train()
+    assert "ref" in layers_of(trainer.model)[0].branches
+    found = set()
+    for _ in range(20):
+        loss = trainer.compute_loss(trainer.model, first_batch(trainer))
+        assert float(loss.detach()) == pytest.approx(0.6931, abs=1e-3)  # equal to the reference
+        assert trainer.told_ids is not None
+        chosen, rejected = trainer.told_ids.chunk(2)
+        assert chosen.equal(rejected)
+        found.update(int(one) for one in chosen)
+    assert found == {-1, 0, 2}
+
+
+def test_a_reference_that_is_computed_beforehand_drops_nothing(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    rows = []
+    for share in (0.0, 0.99):
+        model = model_of(method="branch_per_cluster", shared_rank=2, branch_dropout=share).train()
+        trainer = trainer_of(tiny_folder, tmp_path, model, precompute_ref_log_probs=True)
+        rows.append([row["ref_chosen_logps"] for row in trainer.train_dataset])
+    assert rows[0] == rows[1]
+
+
 def test_evaluation_gives_the_ids_too(tiny_folder: Path, tmp_path: Path) -> None:
     trainer = trainer_of(tiny_folder, tmp_path, model_of(method="branch_per_cluster"))
     scores = trainer.evaluate(trainer.train_dataset)

@@ -148,10 +148,11 @@ class ManyLoraConfig(PeftConfig):
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name}={getattr(self, name)!r}; it is one of {known}")
-        if not 0.0 <= self.lora_dropout < 1.0:
-            raise ValueError(f"lora_dropout={self.lora_dropout} must be in [0, 1)")
-        if not 0.0 <= self.branch_dropout < 1.0:
-            raise ValueError(f"branch_dropout={self.branch_dropout} must be in [0, 1)")
+        for name in ("lora_dropout", "branch_dropout"):
+            share = getattr(self, name)
+            number = isinstance(share, (int, float)) and not isinstance(share, bool)
+            if not (number and 0.0 <= share < 1.0):
+                raise ValueError(f"{name}={share!r} must be in [0, 1), a number")
         if self.branch_dropout and not (branches.gate == "one_hot" and branches.shared_rank):
             raise ValueError(
                 f"branch_dropout={self.branch_dropout} leaves some to the shared branch alone, but "

@@ -51,7 +51,9 @@ def branch_ids(
 
 def without_some(ids: Tensor, share: float) -> Tensor:
     """-1 in the place of a share of the ids, drawn for each row; where a row has several (batch,
-    tokens), for each stretch of it that has the same one."""
+    tokens), for each stretch of it that has the same one. Without a share nothing is drawn."""
+    if not share:
+        return ids
     place = torch.arange(ids.numel(), device=ids.device).reshape(ids.shape)
     if ids.dim() == 2:
         begins = torch.nn.functional.pad(ids[:, 1:] != ids[:, :-1], (1, 0), value=True)
@@ -78,16 +80,24 @@ def token_mask(model: nn.Module, mask: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def set_ids(model: nn.Module, ids: Tensor, selected: bool = False) -> Iterator[Tensor]:
-    """`branch_ids`, also for ids that a selector chose (then one for each prompt)."""
+def set_ids(
+    model: nn.Module, ids: Tensor, selected: bool = False, drops: bool = True, copies: int = 1
+) -> Iterator[Tensor]:
+    """`branch_ids`, also for ids that a selector chose (then one for each prompt).
+
+    drops: whether branch_dropout may drop some. copies: how often the batch holds these rows, all
+    of them one after the other; what is dropped is dropped in each.
+    """
     layers = layers_of(model)
     if not layers:
         raise ValueError("branch_ids: the model has no manylora layer; attach an adapter first")
     wanted = any(branches.needs_ids for layer in layers for branches in layer.branches.values())
-    if model.training and ids.dim() and not selected and (share := _branch_dropout(layers[0])):
-        ids = without_some(ids, share)
     # What selectors chose, perhaps one for each row's adapter, is in range as they were loaded.
     checked, highest = _check(ids, layers if wanted and not selected else [])
+    if drops and not selected and model.training and ids.dim():
+        checked = without_some(checked, _branch_dropout(layers))
+    if copies > 1:
+        checked = torch.cat([checked] * copies)
     states = list({id(layer.state): layer.state for layer in layers}.values())
     if wanted:
         keep_ids_through_checkpointing(model, states)
@@ -95,9 +105,14 @@ def set_ids(model: nn.Module, ids: Tensor, selected: bool = False) -> Iterator[T
         yield checked
 
 
-def _branch_dropout(layer: Any) -> float:
-    active = [config for name, config in layer.configs.items() if name in layer.active_adapters]
-    return max((config.branch_dropout for config in active), default=0.0)
+def _branch_dropout(layers: Sequence[Any]) -> float:
+    shares = (
+        config.branch_dropout
+        for layer in layers  # an adapter need not be on the first
+        for name, config in layer.configs.items()
+        if name in layer.active_adapters
+    )
+    return max(shares, default=0.0)
 
 
 def _check(ids: Tensor, layers: Sequence[Any]) -> tuple[Tensor, int]:

@@ -91,7 +91,8 @@ class ManyLoraTrainerMixin:
 
     In DPO a row is a pair, and a batch holds all chosen answers, then all rejected ones: both
     halves get the ids of the pairs, in the policy's pass and in the reference's, computed on the
-    way or beforehand (`precompute_ref_log_probs`).
+    way or beforehand (`precompute_ref_log_probs`). What `branch_dropout` drops it drops of a whole
+    pair, for the policy and the reference on the way; a reference computed beforehand drops none.
     """
 
     _signature_columns: Any
@@ -131,7 +132,7 @@ class ManyLoraTrainerMixin:
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
         """DPO's reference, computed before training."""
-        with self._ids_of(inputs):
+        with self._ids_of(inputs, drops=False):
             return super().compute_ref_log_probs(model, inputs)  # type: ignore[misc]
 
     def prediction_step(
@@ -142,7 +143,7 @@ class ManyLoraTrainerMixin:
             return super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
 
     def _ids_of(
-        self, inputs: dict[str, Any], generating: bool = False
+        self, inputs: dict[str, Any], generating: bool = False, drops: bool = True
     ) -> AbstractContextManager[Tensor | None]:
         """Take the ids out of the batch and tell the adapter; pairs of answers share theirs."""
         given = inputs.pop(COLUMN, None) if isinstance(inputs, MutableMapping) else None
@@ -150,10 +151,11 @@ class ManyLoraTrainerMixin:
             return nullcontext()
         ids = torch.as_tensor(given)
         rows = inputs.get("input_ids")
-        if ids.dim() and rows is not None and len(rows) == 2 * len(ids):
-            ids = torch.cat([ids, ids])
+        pairs = ids.dim() > 0 and rows is not None and len(rows) == 2 * len(ids)
         mine = self.model  # type: ignore[attr-defined]
-        return _each_prompt(mine, ids) if generating and ids.dim() == 1 else branch_ids(mine, ids)
+        if generating and ids.dim() == 1:
+            return _each_prompt(mine, torch.cat([ids, ids]) if pairs else ids)
+        return set_ids(mine, ids, drops=drops, copies=2 if pairs else 1)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any

@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from peft import PrefixTuningConfig
 from rich.console import Console
 from transformers import PreTrainedModel
 
@@ -34,7 +35,7 @@ from manylora.energy import require_codecarbon
 from manylora.recipe import Choice, Recipe
 from manylora.report.comparison import write_comparison_page
 from manylora.training.checkpoints import write_atomically
-from manylora.training.compiled import check_compile
+from manylora.training.compiled import CompileError, check_compile
 from manylora.training.packing import PackingError, check_packing
 
 PAGE_FILE, TABLES_FILE = "comparison.html", "comparison.md"
@@ -83,6 +84,8 @@ def compare(
     params, found = contenders(methods, budget, base, len(ground.tasks), adapter, numbers)
     if recipe.packing:
         _check_packing(base, found)
+    if recipe.train.compile:
+        _check_compiling(found)
     del base
     for contender in found:
         console.print(
@@ -107,6 +110,16 @@ def _check_packing(base: PreTrainedModel, found: Sequence[Contender]) -> None:
             raise PackingError(
                 f"packing=true: {contender.label} puts tokens of its own before a row, which all "
                 "examples packed into it would share; leave packing out, or the method"
+            )
+
+
+def _check_compiling(found: Sequence[Contender]) -> None:
+    """CompileError for a method whose blocks cannot share a graph, before any is trained."""
+    for contender in found:
+        if isinstance(contender.config, PrefixTuningConfig):
+            raise CompileError(
+                f"train.compile=true: {contender.label} puts states of its own into each block's "
+                "cache, so that each needs a graph of its own; leave compile out, or the method"
             )
 
 

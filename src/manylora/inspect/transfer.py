@@ -22,7 +22,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -157,10 +157,10 @@ def _scored(origin: _Origin, folder: Path, name: str) -> pa.Table:
         for task, held in origin.corpus.test.items()
         if task in known and len(held) > 1
     }
-    own = (tokenizer, encoder, known, {}, {}, test)
-    ground = Ground(origin.recipe, origin.corpus.content, *own)
-    if recipe.choice == "selector":
-        ground = replace(ground, selector=selector)
+    chosen = selector if recipe.choice == "selector" else None
+    ground = Ground(
+        origin.recipe, origin.corpus.content, tokenizer, encoder, known, {}, {}, test, chosen
+    )
     with autocast(recipe.train.precision, model.device):
         scored = score_rows(ground, model, test, use_ids)
     of_run = {
