@@ -50,6 +50,7 @@ def test_a_packed_batch_keeps_task_and_position_of_every_token() -> None:
     assert batch["task_ids"].tolist() == [[1] * 8, [3, 3, 3, 3, 2, 2, 2, 0]]
     assert batch["position_ids"].tolist() == [list(range(8)), [0, 1, 2, 3, 0, 1, 2, 0]]
     assert batch["token_mask"].tolist() == [[1] * 8, [1] * 7 + [0]]
+    assert batch["cu_seq_lens"].tolist() == [0, 8, 12, 15, 16]  # padding by itself
     assert batch["sources"] == ["t.jsonl:8", "t.jsonl:4", "t.jsonl:3"]
 
 

@@ -39,6 +39,7 @@ from manylora.training.interrupts import Interrupts
 from manylora.training.keeping import errors_tell_what_is_kept, signals_tell_what_is_kept
 from manylora.training.metering import check_energy, energy_of, metering
 from manylora.training.out_of_memory import Batch, StartingPoint, smaller_batch
+from manylora.training.packed_attention import packed_attention
 from manylora.training.prepare import ADAPTER, Prepared, prepare
 from manylora.training.progress import GradientCheck, MetricsFile, ProgressBar
 from manylora.training.ranks import first_process, several_processes, use_own_gpu
@@ -179,6 +180,7 @@ def fit(prepared: Prepared, console: Console, interrupts: Interrupts) -> RunTrai
             with (
                 interrupts.waiting(),
                 metering(trainer, device, train.energy),
+                packed_attention(prepared.model, prepared.recipe.packing),
                 compiled_blocks(prepared.model, train.compile),
             ):
                 trainer.go_on(last_checkpoint(run))

@@ -38,6 +38,7 @@ from manylora.run import device_name, peak_memory, versions
 from manylora.train import training_arguments
 from manylora.training.compiled import compiled_blocks
 from manylora.training.out_of_memory import Batch
+from manylora.training.packed_attention import packed_attention
 from manylora.training.validation import eval_mode
 
 Stage = Literal["rate", "test"]
@@ -163,7 +164,10 @@ def _train(ground: Ground, recipe: Recipe, model: Any, use_ids: bool) -> tuple[i
             data_collator=ground.collator(recipe.packing),
         )
         trainer.remove_callback(PrinterCallback)
-        with compiled_blocks(model, recipe.train.compile):
+        with (
+            packed_attention(model, recipe.packing),
+            compiled_blocks(model, recipe.train.compile),
+        ):
             trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     last = losses[-max(1, len(losses) // 10) :]

@@ -16,6 +16,7 @@ from manylora.adapter.ids import token_mask
 from manylora.adapter.training import ManyLoraTrainerMixin
 from manylora.comparison.reading import read
 from manylora.corpus import DrawOrder
+from manylora.training.packed_attention import told_boundaries
 from manylora.training.trainer import MixtureSampler
 
 
@@ -48,8 +49,10 @@ class CellTrainer(ManyLoraTrainerMixin, _AnswerTrainer):
         return MixtureSampler(self.order)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        inputs, mask = prepared(inputs, self.use_ids, self.before_text)
         mine: Any = self.model
+        boundaries = told_boundaries(mine, inputs)
+        inputs, mask = prepared(inputs, self.use_ids, self.before_text)
+        inputs |= boundaries
         with token_mask(mine, mask):
             return super().compute_loss(model, inputs, *args, **kwargs)
 

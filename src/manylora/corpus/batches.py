@@ -3,7 +3,8 @@
 Packed or padded, a batch holds the same examples and gives the same loss; packing only saves the
 padding. Short examples share a row as long as that is no longer than the batch's longest example.
 Positions start again with each example, from which transformers builds an attention mask that keeps
-them apart (no 2-D mask may be given with it); task ids are one for each token.
+them apart (no 2-D mask may be given with it); `cu_seq_lens` says the same to attention that needs
+no mask (training/packed_attention.py). Task ids are one for each token.
 """
 
 from __future__ import annotations
@@ -80,9 +81,9 @@ class Collator:
     packing: bool = False
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
-        longest = max(len(row["input_ids"]) for row in rows)
-        shared = first_fit([len(row["input_ids"]) for row in rows], longest)
-        groups = shared if self.packing else [[i] for i in range(len(rows))]
+        sizes = [len(row["input_ids"]) for row in rows]
+        longest = max(sizes)
+        groups = first_fit(sizes, longest) if self.packing else [[i] for i in range(len(rows))]
         shape = (len(groups), longest)
         batch = {
             "input_ids": torch.full(shape, self.pad_token_id),
@@ -100,7 +101,11 @@ class Collator:
             for i in group:
                 start = _put(batch, line, start, rows[i])
         sources = [rows[i]["source"] for group in groups for i in group]
-        if not self.packing:
+        if self.packing:
+            batch["cu_seq_lens"] = _boundaries(
+                [[sizes[i] for i in group] for group in groups], longest
+            )
+        else:
             batch["attention_mask"] = batch["token_mask"]
             batch["task_ids"] = torch.tensor([row["task_id"] for row in rows])
             if chosen:
@@ -121,6 +126,13 @@ def _put(batch: dict[str, Tensor], line: int, start: int, row: Row) -> int:
     for first, last in row["learned"]:
         batch["labels"][line, start + first : start + last] = ids[first:last]
     return stop
+
+
+def _boundaries(groups: Sequence[Sequence[int]], width: int) -> Tensor:
+    """Where each example begins in the lines laid end to end, and where the last one ends; what a
+    line has of padding is an example by itself."""
+    parts = [size for own in groups for size in (*own, width - sum(own)) if size]
+    return torch.tensor([0, *np.cumsum(parts)], dtype=torch.int32)
 
 
 def first_fit(lengths: Sequence[int], room: int) -> list[list[int]]:

@@ -159,7 +159,15 @@ def _scored(origin: _Origin, folder: Path, name: str) -> pa.Table:
     }
     chosen = selector if recipe.choice == "selector" else None
     ground = Ground(
-        origin.recipe, origin.corpus.content, tokenizer, encoder, known, {}, {}, test, chosen
+        recipe=origin.recipe,
+        content=origin.corpus.content,
+        tokenizer=tokenizer,
+        encoder=encoder,
+        tasks=known,
+        train={},
+        validation={},
+        test=test,
+        selector=chosen,
     )
     with autocast(recipe.train.precision, model.device):
         scored = score_rows(ground, model, test, use_ids)

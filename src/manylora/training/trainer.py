@@ -22,6 +22,7 @@ from manylora.train_recipe import TrainRecipe
 from manylora.training.gradients import GradientNormsMixin
 from manylora.training.metering import EnergyMixin
 from manylora.training.optimizer import PartRatesMixin
+from manylora.training.packed_attention import told_boundaries
 from manylora.training.progress import GradientCheck
 from manylora.training.survival import SurvivalMixin
 from manylora.training.validation import ValidationMixin
@@ -121,6 +122,7 @@ class RunTrainer(
         if self.use_ids:
             inputs.setdefault("branch_ids", tasks)
         mine: Any = self.model
+        inputs |= told_boundaries(mine, inputs)
         with token_mask(mine, mask):
             loss = super().compute_loss(model, inputs, *args, **kwargs)
         if self.state.global_step < GradientCheck.STEPS and self.told_ids is not None:
