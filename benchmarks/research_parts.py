@@ -53,11 +53,15 @@ VARIANTS = (
 # The shared branch learns to answer alone too; then also with LoRA's scaling, alpha / sqrt(r).
 FALLBACK = (f"{SHARED}:branch_dropout=0.2", f"{SHARED}:branch_dropout=0.2:use_rslora=true")
 
+# As research_finalists.py says, once the parts that it asks are kept.
+FINALISTS: tuple[str, ...] = ()
+
 
 def _clusters(methods: tuple[str, ...], **more: object) -> Part:
     """With clusters that were found, and a selector's choices."""
     values: dict[str, object] = {"clusters": "found", "choice": "selector", "left_out": LEFT_OUT}
-    return Part(methods, "lora:r=52", 1, **values | more)  # type: ignore[arg-type]
+    values |= {"epochs": 1, **more}
+    return Part(methods, "lora:r=52", **values)  # type: ignore[arg-type]
 
 
 PARTS = {
@@ -77,4 +81,6 @@ PARTS |= {
     },
     "5-baselines-1": Part(BASELINES, "lora:r=52", epochs=1, seeds=5),
     "5-baselines-3": Part(BASELINES, "lora:r=52", epochs=3, seeds=5),
+    "5-finalists-1": _clusters(FINALISTS, left_out=(), seeds=5, epochs=1, against="5-baselines-1"),
+    "5-finalists-3": _clusters(FINALISTS, left_out=(), seeds=5, epochs=3, against="5-baselines-3"),
 }
