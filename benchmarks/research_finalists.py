@@ -45,5 +45,17 @@ def _best_trials(kept: Path) -> pd.Series:
     return trials.groupby(["reading", "method"]).min()
 
 
+def shown(kept: Path) -> str:
+    """Best trials of LoRA and each method, nats a token; the finalists with a star."""
+    best, chosen = _best_trials(kept), finalists(kept)
+    lines = [f"| method | {' | '.join(READINGS)} | all three |", f"|---|{'---:|' * 4}"]
+    for name in ("lora", *AS_IS):
+        nats = [best.get((reading, name)) for reading in READINGS]
+        every = sum(nats) / len(nats) if None not in nats else None
+        cells = ["" if one is None else f"{one:.4f}" for one in (*nats, every)]
+        lines.append(f"| {name}{' *' * (name in chosen)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    print(*finalists(KEPT), sep="\n")
+    print(shown(KEPT))

@@ -53,8 +53,8 @@ VARIANTS = (
 # The shared branch learns to answer alone too; then also with LoRA's scaling, alpha / sqrt(r).
 FALLBACK = (f"{SHARED}:branch_dropout=0.2", f"{SHARED}:branch_dropout=0.2:use_rslora=true")
 
-# As research_finalists.py says, once the parts that it asks are kept.
-FINALISTS: tuple[str, ...] = ()
+# As research_finalists.py says.
+FINALISTS = (f"{SHARED}:use_rslora=true", f"{SHARED}:branch_dropout=0.2:use_rslora=true")
 
 
 def _clusters(methods: tuple[str, ...], **more: object) -> Part:

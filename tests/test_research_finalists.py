@@ -67,8 +67,10 @@ def test_a_method_without_trials_is_named(rule: ModuleType, tmp_path: Path) -> N
 
 def test_the_finalists_that_run_are_those_of_the_rule(rule: ModuleType) -> None:
     named = importlib.import_module("research_parts").FINALISTS
-    if named:
-        assert named == rule.finalists(rule.KEPT)
-    else:
-        with pytest.raises(KeyError):
-            rule.finalists(rule.KEPT)
+    assert named == rule.finalists(rule.KEPT)
+
+
+def test_the_trials_on_the_page_are_the_kept_ones(rule: ModuleType) -> None:
+    page = (ROOT / "docs" / "research.md").read_text(encoding="utf-8")
+    assert rule.shown(rule.KEPT) in page
+    assert rule.shown(rule.KEPT).count(" *") == 2

@@ -160,3 +160,8 @@ def test_a_prompt_is_of_each_task_before_a_second_one_of_any(
     assert prompts[6:] == prompts[:2]  # there are three of each
     first, second = (ground.tokenizer.decode(prompts[i]) for i in (0, 1))
     assert ("names" in first) != ("names" in second)
+
+
+def test_the_times_on_the_page_are_the_kept_ones(speed: ModuleType) -> None:
+    page = (ROOT / "docs" / "research.md").read_text(encoding="utf-8")
+    assert speed.shown(json.loads(speed.RESULT.read_text(encoding="utf-8"))) in page
