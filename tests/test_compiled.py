@@ -31,7 +31,7 @@ Make = Callable[..., Recipe]
 
 KINDS: dict[str, dict[str, Any]] = {
     "dropout": {"method": "lora", "lora_dropout": 0.2},
-    "multilora": {"method": "multilora"},
+    "multilora": {"method": "multilora", "branch_ranks": [4, 4, 5]},
     "balanced": {"method": "hydralora", "balance_loss": "switch"},
     "uneven": {"method": "branch_per_cluster", "shared_rank": 2, "branch_ranks": [1, 3, 2, 1, 2]},
 }

@@ -78,13 +78,12 @@ def _put_together(
     x: Tensor, downs: list[Tensor], ups: list[list[Tensor]]
 ) -> tuple[Tensor, list[Tensor]]:
     """P, padded on a GPU to an even number of rows, and each Q_j; in x's dtype."""
-    rows = [one.to(x.dtype) for one in downs]
-    short = -sum(map(len, rows)) % _ALIGNED
+    rows, short = downs, -sum(map(len, downs)) % _ALIGNED
     if short and x.is_cuda:
-        rows.append(x.new_zeros(short, x.shape[1]))
-    together = [[one.to(x.dtype) for one in own] for own in ups]
+        rows = [*downs, downs[0].new_zeros(short, x.shape[1])]
+    together = [own[0] if len(own) == 1 else torch.cat(own, 1) for own in ups]
     down = rows[0] if len(rows) == 1 else torch.cat(rows)
-    return down, [own[0] if len(own) == 1 else torch.cat(own, 1) for own in together]
+    return down.to(x.dtype), [own.to(x.dtype) for own in together]  # cast last: fewer casts
 
 
 class _Linear(torch.autograd.Function):
@@ -118,6 +117,8 @@ def _keep_parts(ctx: Any, given: Given, parts: list[Tensor]) -> None:
 
 def _of_parts(ctx: Any, ddown: Tensor, dups: list[Tensor]) -> list[Tensor]:
     rows, own = ctx.rows, len(ctx.columns) // len(dups)
+    if len({*ctx.dtypes[: len(rows)]}) == 1:
+        ddown = ddown.to(ctx.dtypes[0])  # at once
     grads = list(ddown.split([*rows, len(ddown) - sum(rows)])[: len(rows)])
     for j, dup in enumerate(dups):
         grads += dup.split(ctx.columns[j * own : (j + 1) * own], 1) if own > 1 else [dup]

@@ -67,7 +67,7 @@ class ManyLoraLayer(nn.Module, BaseTunerLayer):
             setattr(self, attribute, nn.ModuleDict())
         self.branches: dict[str, Branches] = {}
         self.layouts: dict[str, Layout] = {}
-        self.parts: dict[str, dict[str, str]] = {}  # and the attributes that hold them
+        self.parts: dict[str, tuple[tuple[str, str], ...]] = {}  # and the attributes that hold them
         self.configs: dict[str, ManyLoraConfig] = {}
         self.scaling: dict[str, float] = {}
         self.shared_scaling: dict[str, float] = {}
@@ -91,7 +91,7 @@ class ManyLoraLayer(nn.Module, BaseTunerLayer):
         self.scaling[adapter], self.shared_scaling[adapter] = config.scalings_of(self.name)
         shapes = branches.shapes(self.in_features, self.out_features)
         self.layouts[adapter] = Layout.of(branches)
-        self.parts[adapter] = {part: f"manylora_{part}" for part in shapes}
+        self.parts[adapter] = tuple((part, f"manylora_{part}") for part in shapes)
         for part, shape in shapes.items():
             getattr(self, f"manylora_{part}")[adapter] = Factor(*shape)
         initialize(self.tensors(adapter), branches, config)
@@ -100,8 +100,7 @@ class ManyLoraLayer(nn.Module, BaseTunerLayer):
 
     def tensors(self, adapter: str) -> dict[str, Tensor]:
         held: Any = self._modules  # what a module looks up as an attribute takes longer
-        parts = self.parts[adapter].items()
-        return {part: held[name]._modules[adapter]() for part, name in parts}
+        return {part: held[name]._modules[adapter]() for part, name in self.parts[adapter]}
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         adapter_names = kwargs.pop("adapter_names", None)

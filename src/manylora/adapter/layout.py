@@ -78,9 +78,9 @@ class Layout(NamedTuple):
         return h, logits, h0
 
     def encode(self) -> list[int]:
-        """As an operation of torch takes it."""
+        """As an operation of torch takes it, for which each number takes time: one rank if even."""
         flags = [int(self.share_A), int(self.share_B), _GATES.index(self.gate), self.shared_rank]
-        return [*flags, *self.ranks]
+        return [*flags, self.branches, *(self.ranks[:1] if self.even else self.ranks)]
 
     @staticmethod
     def decode(code: Sequence[int]) -> Layout:
@@ -89,10 +89,11 @@ class Layout(NamedTuple):
 
 @cache
 def _decoded(code: tuple[int, ...]) -> Layout:
-    share_A, share_B, gate, shared_rank, *ranks = code
-    return Layout(tuple(ranks), bool(share_A), bool(share_B), _GATES[gate], shared_rank)
+    share_A, share_B, gate, shared_rank, count, *own = code
+    ranks = tuple(own) if len(own) == count else (own[0],) * count
+    return Layout(ranks, bool(share_A), bool(share_B), _GATES[gate], shared_rank)
 
 
 def by_layer(z: Tensor, layout: Layout, n: int) -> Tensor:
     """z (T, n, block) without the columns that pad it."""
-    return z[:, : n * layout.block].view(len(z), n, layout.block)
+    return z[:, : n * layout.block].view(z.shape[0], n, layout.block)

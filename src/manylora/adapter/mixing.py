@@ -13,6 +13,8 @@ one kernel each way (kernels.py).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -22,6 +24,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from manylora.adapter.layout import Layout, by_layer
+
+_traced: list[bool] = []
 
 
 def gates(
@@ -38,13 +42,13 @@ def gates(
 
 def by_column(weights: Tensor, layout: Layout, scaling: float, shared_scaling: float) -> Tensor:
     """w (T or 1, n or 1, block): what columns of z are multiplied by, of g (T or 1, n or 1, N)."""
-    weights = weights.to(_accumulator(weights))
-    parts = [
-        (scaling * weights[..., i : i + 1]).expand(*weights.shape[:-1], r)
-        for i, r in enumerate(layout.ranks)
-    ]
-    shared = weights.new_full((*weights.shape[:-1], layout.shared_rank), shared_scaling)
-    return torch.cat([*parts, shared], -1)
+    weights = scaling * weights.to(_accumulator(weights))
+    if layout.even:  # without the pieces, of which torch.compile would make as many buffers
+        each = weights.unsqueeze(-1).expand(*weights.shape, layout.ranks[0]).flatten(-2)
+    else:
+        pieces = zip(weights.split(1, -1), layout.ranks, strict=True)
+        each = torch.cat([one.expand(*one.shape[:-1], r) for one, r in pieces], -1)
+    return F.pad(each, (0, layout.shared_rank), value=shared_scaling)
 
 
 def mix(
@@ -60,7 +64,7 @@ def mix(
     if layout.gate == "columns" and weights is not None:
         return _times(by_layer(z, layout, n), weights)
     if (kernels := _kernels(z, layout)) is not None:
-        given = None if weights is None else weights.expand(len(z), -1, -1)
+        given = None if weights is None else weights.expand(z.shape[0], -1, -1)
         shape = _shape(n, layout)
         u: Tensor = kernels.mix_forward(z, *shape, given, *_shared(layout, scaling, shared_scaling))
         return u.unflatten(1, (n, -1))
@@ -95,7 +99,7 @@ def mix_backward(
         _times(du, weights, by_layer(dz, layout, n))
         return _times(by_layer(z, layout, n), weights), dz, None, None
     if (kernels := _kernels(z, layout)) is not None:
-        given = None if weights is None else weights.expand(len(z), -1, -1)
+        given = None if weights is None else weights.expand(z.shape[0], -1, -1)
         rest = (*_shape(n, layout), given, *_shared(layout, scaling, shared_scaling))
         u = torch.empty_like(du)
         dz, dw = kernels.mix_backward(du.flatten(1), z, *rest, given is not None, u.flatten(1))
@@ -160,12 +164,22 @@ def _kernels(z: Tensor, layout: Layout) -> Any:
     """The Triton kernels, which do the same in one pass, where they can."""
     if not z.is_cuda or z.dtype == torch.float64 or not layout.even or layout.gate == "Ax":
         return None
-    if not has_triton():
+    if not has_triton() or _traced:
         return None
     from manylora.adapter import kernels
 
     fits = kernels.mix_fits(layout.branches, layout.ranks[0], layout.shared_rank)
     return kernels if fits else None
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """No kernel is launched inside, where what is computed is only traced."""
+    _traced.append(True)
+    try:
+        yield
+    finally:
+        _traced.pop()
 
 
 @cache
@@ -223,9 +237,7 @@ def _owners(ranks: tuple[int, ...], device: torch.device, dtype: torch.dtype) ->
     # Kept, because making it waits for the GPU; and outside of inference mode, since what is made
     # in it takes no part in a backward pass.
     with torch.inference_mode(False):
-        column = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks))
-        one_hot = torch.nn.functional.one_hot(column, len(ranks))
-        return one_hot.T.to(device, dtype)
+        return torch.block_diag(*[torch.ones(1, r) for r in ranks]).to(device, dtype)
 
 
 def _accumulator(z: Tensor) -> torch.dtype:

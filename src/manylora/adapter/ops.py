@@ -186,7 +186,7 @@ def backward(
             own = padded_with_zeros(z, n * lay.block)
             du = by_layer(own, lay, n)
         else:
-            du = z.new_empty(len(z), n, ups[0].shape[1])
+            du = z.new_empty(z.shape[0], n, ups[0].shape[1])
         for j, (dy, up) in enumerate(zip(dys, ups, strict=True)):
             times(dy, up, factor, out=du[:, j])
         if lay.only_scales:

@@ -112,8 +112,8 @@ def _versions(layer: ManyLoraLayer, adapter: str) -> int:
         return 0
     held: Any = layer._modules
     try:
-        names = layer.parts[adapter].values()
-        return sum([held[name]._modules[adapter].weight._version for name in names])
+        parts = layer.parts[adapter]
+        return sum([held[name]._modules[adapter].weight._version for _, name in parts])
     except RuntimeError:  # made in inference mode, which does not count
         return 0
 

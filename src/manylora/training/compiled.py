@@ -17,12 +17,14 @@ from typing import Any
 
 import torch
 import torch._dynamo.config as dynamo
+import torch._inductor.config as inductor
 from torch import nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.fx.experimental import _config as shapes
 from transformers import PreTrainedModel
 
 from manylora.adapter.layer import layers_of
+from manylora.training.opened import Opened
 from manylora.training.ranks import several_processes
 
 _last_make: list[Any] = []
@@ -54,7 +56,8 @@ def compiled_blocks(model: nn.Module, wanted: bool = True) -> Iterator[None]:
     try:
         # A length that happens to be a head's width is not to be taken for it.
         alike = shapes.patch(use_duck_shape=False)  # type: ignore[attr-defined]
-        with dynamo.patch(fail_on_recompile_limit_hit=True), alike:
+        opened = inductor.patch(post_grad_custom_pre_pass=Opened())
+        with dynamo.patch(fail_on_recompile_limit_hit=True), alike, opened:
             yield
     except (FailOnRecompileLimitHit, TorchDynamoException) as error:
         _last_make.clear()  # what there is of it is not to be used
