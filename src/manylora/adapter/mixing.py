@@ -229,7 +229,9 @@ def _weigh_backward(
 
 def owners(ranks: tuple[int, ...], like: Tensor) -> Tensor:
     """(N, sum of ranks): 1 where a column belongs to a branch. Only uneven ranks need it."""
-    return _owners(ranks, like.device, like.dtype)
+    # A graph keeps its own, and warns of caches.
+    make = _owners.__wrapped__ if torch.compiler.is_compiling() else _owners
+    return make(ranks, like.device, like.dtype)
 
 
 @cache
