@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from readings import READINGS
 from research_kept import ROWS
 from research_parts import FALLBACK, SHARED, VARIANTS
+from research_ranks import nats_by
 
 KEPT = Path(__file__).parent / "results" / ROWS
 IN_ALL_READINGS = (SHARED, *FALLBACK)
@@ -39,9 +40,8 @@ def _best_trials(kept: Path) -> pd.Series:
     """Nats a token, tasks alike, of each method's best trial, by reading and method."""
     wanted = [("stage", "==", "rate"), ("part", "in", PARTS)]
     rows = pq.read_table(kept, filters=wanted).to_pandas()
-    by_task = rows.groupby(["reading", "method", "lr", "task"])[["nll", "tokens"]].sum()
-    nats = by_task["nll"] / by_task["tokens"]
-    trials = nats.groupby(["reading", "method", "lr"]).mean()
+    by_task = nats_by(["reading", "method", "lr", "task"], rows)
+    trials = by_task.groupby(["reading", "method", "lr"]).mean()
     return trials.groupby(["reading", "method"]).min()
 
 

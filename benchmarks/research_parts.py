@@ -60,8 +60,7 @@ FINALISTS = (f"{SHARED}:use_rslora=true", f"{SHARED}:branch_dropout=0.2:use_rslo
 def _clusters(methods: tuple[str, ...], **more: object) -> Part:
     """With clusters that were found, and a selector's choices."""
     values: dict[str, object] = {"clusters": "found", "choice": "selector", "left_out": LEFT_OUT}
-    values |= {"epochs": 1, **more}
-    return Part(methods, "lora:r=52", **values)  # type: ignore[arg-type]
+    return Part(methods, "lora:r=52", **{"epochs": 1} | values | more)  # type: ignore[arg-type]
 
 
 PARTS = {

@@ -78,21 +78,23 @@ def _losses(
     cluster_of = {source: name for name, (_, own) in clusters.items() for source in own}
     rows = pq.read_table(kept, filters=[("part", "==", part), ("stage", "==", "rate")]).to_pandas()
 
-    def by(column: str, own: pd.DataFrame) -> pd.Series:
-        sums = own.groupby(column)[["nll", "tokens"]].sum()
-        return sums["nll"] / sums["tokens"]
-
     def loss(method: str) -> pd.Series:
         own = rows[rows["method"] == method]
         if own.empty:
             raise ValueError(f"{kept} has no trial of {method!r} in {part}: run and keep it first")
-        best = min((by("task", trial).mean(), run) for run, trial in own.groupby("run"))[1]
+        best = min((nats_by(["task"], trial).mean(), run) for run, trial in own.groupby("run"))[1]
         trial = own[own["run"] == best]
-        found = by("cluster", trial.assign(cluster=trial["example"].map(cluster_of)))
+        found = nats_by(["cluster"], trial.assign(cluster=trial["example"].map(cluster_of)))
         # A cluster without a row that is kept apart needs what the others do.
         return found.reindex(list(clusters)).fillna(found.mean())
 
     return loss
+
+
+def nats_by(columns: list[str], rows: pd.DataFrame) -> pd.Series:
+    """Nats a token of the rows that are alike in these columns."""
+    sums = rows.groupby(columns)[["nll", "tokens"]].sum()
+    return sums["nll"] / sums["tokens"]
 
 
 def _need(

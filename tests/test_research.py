@@ -16,6 +16,7 @@ import pytest
 
 from manylora.comparison.rows import SCHEMA
 from manylora.comparison.store import CellStore
+from tiny_multitask import write_multitask
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -32,22 +33,7 @@ def kept_by(research: ModuleType) -> ModuleType:
 
 @pytest.fixture
 def multitask(tmp_path: Path) -> Path:
-    folder = tmp_path / "multitask"
-    wordings = {}
-    for task in ("sums", "names"):
-        wordings[task] = {"train": [f"{task} A", f"{task} B"], "test": [f"{task} C"]}
-        wordings[task]["extract"] = None  # type: ignore[assignment]
-        for split, count in (("train", 500), ("test", 7)):
-            (folder / split).mkdir(parents=True, exist_ok=True)
-            rows = [
-                {"task": task, "instruction": f"do {task}", "input": f"{split} {i}", "output": "x"}
-                for i in range(count)
-            ]
-            rows[0]["input"] = ""
-            lines = "\n".join(map(json.dumps, rows))
-            (folder / split / f"{task}.jsonl").write_text(lines, encoding="utf-8")
-    (folder / "paraphrases.json").write_text(json.dumps(wordings), encoding="utf-8")
-    return folder
+    return write_multitask(tmp_path / "multitask", train=500, test=7)
 
 
 def written(folder: Path, split: str, task: str) -> list[dict[str, str]]:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from manylora.corpus import Collator
+from tiny_multitask import write_multitask
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = "branch_per_cluster_shared"
@@ -37,21 +38,7 @@ def speed(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture
 def multitask(tmp_path: Path) -> Path:
-    wordings: dict[str, Any] = {}
-    for task in ("sums", "names"):
-        wordings[task] = {"train": [], "test": [], "extract": None}
-        for split, count in (("train", 60), ("test", 3)):
-            folder = tmp_path / "multitask" / split
-            folder.mkdir(parents=True, exist_ok=True)
-            rows = [
-                {"instruction": f"do {task}", "input": f"{task} {split} {i}", "output": "x"}
-                for i in range(count)
-            ]
-            lines = "\n".join(map(json.dumps, rows))
-            (folder / f"{task}.jsonl").write_text(lines, encoding="utf-8")
-    file = tmp_path / "multitask" / "paraphrases.json"
-    file.write_text(json.dumps(wordings), encoding="utf-8")
-    return tmp_path / "multitask"
+    return write_multitask(tmp_path / "multitask", train=60, test=3)
 
 
 @pytest.fixture
