@@ -50,9 +50,8 @@ class CellTrainer(ManyLoraTrainerMixin, _AnswerTrainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         mine: Any = self.model
-        boundaries = told_boundaries(mine, inputs)
+        inputs |= told_boundaries(mine, inputs)
         inputs, mask = prepared(inputs, self.use_ids, self.before_text)
-        inputs |= boundaries
         with token_mask(mine, mask):
             return super().compute_loss(model, inputs, *args, **kwargs)
 

@@ -58,10 +58,15 @@ def _can(base: PreTrainedModel) -> bool:
         base._supports_attention_backend
         and base.config._attn_implementation == "sdpa"
         and not base.config.sub_configs  # whose attention may be another
-        and base.device.type == "cuda"
-        and torch.version.cuda is not None
-        and torch.cuda.get_device_capability(base.device) >= (8, 0)
+        and _runs_on(base.device)
     )
+
+
+def _runs_on(device: torch.device) -> bool:
+    """Whether torch has the kernel for it."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _attend(
