@@ -18,8 +18,6 @@ from torch import Tensor
 from manylora.adapter import ops
 from manylora.adapter.recompute import computed_again, watched
 
-_ALIGNED = 8  # rows of P: 16 bytes in half precision, which a GPU's fast products want
-
 
 def apply(
     x: Tensor,
@@ -74,12 +72,17 @@ class Given(NamedTuple):
         return (x, bases, biases, self.dense, down, ups, *rest), others[ends[2] :]
 
 
+def multiple(x: Tensor) -> int:
+    """Of rows of P: 16 bytes in half precision, which a GPU's fast products want."""
+    return 8 if x.is_cuda else 1
+
+
 def _put_together(
     x: Tensor, downs: list[Tensor], ups: list[list[Tensor]]
 ) -> tuple[Tensor, list[Tensor]]:
-    """P, padded on a GPU to an even number of rows, and each Q_j; in x's dtype."""
-    rows, short = downs, -sum(map(len, downs)) % _ALIGNED
-    if short and x.is_cuda:
+    """P, padded to a multiple of rows, and each Q_j; in x's dtype."""
+    rows, short = downs, -sum(map(len, downs)) % multiple(x)
+    if short:
         rows = [*downs, downs[0].new_zeros(short, x.shape[1])]
     together = [own[0] if len(own) == 1 else torch.cat(own, 1) for own in ups]
     down = rows[0] if len(rows) == 1 else torch.cat(rows)

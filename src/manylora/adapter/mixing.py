@@ -156,7 +156,7 @@ def padded_with_zeros(z: Tensor, width: int) -> Tensor:
     """An empty tensor like z, but for the columns from width on."""
     dz = z.new_empty(z.shape)
     if width < z.shape[1]:
-        dz[:, width:] = 0
+        dz[:, width:].zero_()  # assigning 0 is a constant to a compiler, which it may refuse
     return dz
 
 
