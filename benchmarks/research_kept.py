@@ -105,7 +105,7 @@ def counted(rows: pa.Table, stage: str = "test") -> Scores:
 
 
 def shown(results: Path) -> str:
-    """The differences of every finished part from its reference, overall and by task."""
+    """The differences of every finished method from its part's reference, overall and by task."""
     whole = [
         "| part | tasks | method | NLL, nats | separates | accuracy, points | separates |",
         "|---|---|---|---:|---|---:|---|",
@@ -114,13 +114,19 @@ def shown(results: Path) -> str:
         "| part | tasks | method | task that differs most | NLL without it, nats |",
         "|---|---|---|---|---:|",
     ]
+    sizes = [
+        "| part | from | method | NLL, nats | separates | accuracy, points | separates |",
+        "|---|---|---|---:|---|---:|---|",
+    ]
     by_task: list[str] = []
     parts = {table["part"][0].as_py(): table for table in _kept(results)}
-    for name, rows in parts.items():
-        if not _finished(rows, PARTS[name]):
-            continue
-        rows = _with_reference(rows, PARTS[name], parts)
+    for name in (one for one in PARTS if one in parts):
+        own = _finished(parts[name], PARTS[name])
         reference = PARTS[PARTS[name].against or name].methods[0]
+        rows = _with_reference(own, PARTS[name], reference, parts)
+        methods = pc.unique(rows["method"]).to_pylist()
+        if reference not in methods or len(methods) == 1:
+            continue
         for stage, which in STAGES.items():
             if stage in pc.unique(rows["stage"]).to_pylist():
                 scores = counted(rows, stage)
@@ -128,22 +134,37 @@ def shown(results: Path) -> str:
                 whole += _overall(f"| {name} | {which}", *found)
                 without += _without(f"| {name} | {which}", scores, found[0])
                 by_task += ["", *_tasks(f"NLL by task: {name}, {which}", found[0])]
-    return "\n".join([*whole, "", *without, *by_task])
+        for size in _other_sizes(PARTS[name], parts):
+            scores = counted(_with_reference(own, PARTS[name], size, parts))
+            found = [differences(scores, size, m) for m in ("nll", "correct")]
+            sizes += _overall(f"| {name} | {size}", *found)
+    return "\n".join([*whole, "", *without, "", *sizes, *by_task])
 
 
-def _finished(rows: pa.Table, part: Part) -> bool:
-    """Whether every method has all its seeds."""
+def _finished(rows: pa.Table, part: Part) -> pa.Table:
+    """Of the methods that have all their seeds."""
     scored = rows.filter(pc.equal(rows["stage"], TEST_STAGE))
-    runs = scored.group_by("method").aggregate([("run", "count_distinct")])
-    return runs["run_count_distinct"].to_pylist() == [part.seeds] * len(part.methods)
+    runs = scored.group_by("method").aggregate([("run", "count_distinct")]).to_pylist()
+    methods = [one["method"] for one in runs if one["run_count_distinct"] == part.seeds]
+    return rows.filter(pc.is_in(rows["method"], pa.array(methods, pa.string())))
 
 
-def _with_reference(rows: pa.Table, part: Part, parts: dict[str, pa.Table]) -> pa.Table:
+def _with_reference(
+    rows: pa.Table, part: Part, reference: str, parts: dict[str, pa.Table]
+) -> pa.Table:
     """The scored rows, in front those of the reference, which another part may have run."""
     if part.against is None:
         return rows
-    other, reference = parts[part.against], PARTS[part.against].methods[0]
+    other = parts[part.against]
     return pa.concat_tables([other.filter(pc.equal(other["method"], reference)), rows])
+
+
+def _other_sizes(part: Part, parts: dict[str, pa.Table]) -> list[str]:
+    """LoRA of other sizes than the budget's, where the part that this one is held to has them."""
+    if part.against is None:
+        return []
+    done = pc.unique(_finished(parts[part.against], PARTS[part.against])["method"]).to_pylist()
+    return [name for name in done if name.startswith("lora:r=")]
 
 
 def _overall(start: str, nll: list[Difference], right: list[Difference]) -> list[str]:
