@@ -69,7 +69,7 @@ def _open(match: Match, *args: Any) -> None:
             given[i] = tensor
         return function(*pytree.tree_unflatten(given, spec))
 
-    in_new = torch.func.functionalize(parts, remove="mutations_and_views")
+    in_new = torch.func.functionalize(parts, remove="mutations")
     with mixing.without_kernels():
         match.replace_by_example(in_new, [flat[i] for i in places])
 
