@@ -106,18 +106,13 @@ def counted(rows: pa.Table, stage: str = "test") -> Scores:
 
 def shown(results: Path) -> str:
     """The differences of every finished method from its part's reference, overall and by task."""
-    whole = [
-        "| part | tasks | method | NLL, nats | separates | accuracy, points | separates |",
-        "|---|---|---|---:|---|---:|---|",
-    ]
+    both = "method | NLL, nats | separates | accuracy, points | separates"
+    whole = [f"| part | tasks | {both} |", "|---|---|---|---:|---|---:|---|"]
     without = [
         "| part | tasks | method | task that differs most | NLL without it, nats |",
         "|---|---|---|---|---:|",
     ]
-    sizes = [
-        "| part | from | method | NLL, nats | separates | accuracy, points | separates |",
-        "|---|---|---|---:|---|---:|---|",
-    ]
+    sizes = [f"| part | from | {both} |", whole[1]]
     by_task: list[str] = []
     parts = {table["part"][0].as_py(): table for table in _kept(results)}
     for name in (one for one in PARTS if one in parts):
@@ -130,15 +125,20 @@ def shown(results: Path) -> str:
         for stage, which in STAGES.items():
             if stage in pc.unique(rows["stage"]).to_pylist():
                 scores = counted(rows, stage)
-                found = [differences(scores, reference, m) for m in ("nll", "correct")]
+                found = _found(scores, reference)
                 whole += _overall(f"| {name} | {which}", *found)
                 without += _without(f"| {name} | {which}", scores, found[0])
                 by_task += ["", *_tasks(f"NLL by task: {name}, {which}", found[0])]
         for size in _other_sizes(PARTS[name], parts):
             scores = counted(_with_reference(own, PARTS[name], size, parts))
-            found = [differences(scores, size, m) for m in ("nll", "correct")]
+            found = _found(scores, size)
             sizes += _overall(f"| {name} | {size}", *found)
     return "\n".join([*whole, "", *without, "", *sizes, *by_task])
+
+
+def _found(scores: Scores, reference: str) -> tuple[list[Difference], list[Difference]]:
+    """In NLL and in accuracy."""
+    return differences(scores, reference, "nll"), differences(scores, reference, "correct")
 
 
 def _finished(rows: pa.Table, part: Part) -> pa.Table:
