@@ -112,7 +112,7 @@ def shown(results: Path) -> str:
         "| part | tasks | method | task that differs most | NLL without it, nats |",
         "|---|---|---|---|---:|",
     ]
-    sizes = [f"| part | from | {both} |", whole[1]]
+    loras = [f"| part | from | {both} |", whole[1]]
     by_task: list[str] = []
     parts = {table["part"][0].as_py(): table for table in _kept(results)}
     for name in (one for one in PARTS if one in parts):
@@ -129,11 +129,11 @@ def shown(results: Path) -> str:
                 whole += _overall(f"| {name} | {which}", *found)
                 without += _without(f"| {name} | {which}", scores, found[0])
                 by_task += ["", *_tasks(f"NLL by task: {name}, {which}", found[0])]
-        for size in _other_sizes(PARTS[name], parts):
-            scores = counted(_with_reference(own, PARTS[name], size, parts))
-            found = _found(scores, size)
-            sizes += _overall(f"| {name} | {size}", *found)
-    return "\n".join([*whole, "", *without, "", *sizes, *by_task])
+        for other in _other_loras(PARTS[name], parts):
+            scores = counted(_with_reference(own, PARTS[name], other, parts))
+            found = _found(scores, other)
+            loras += _overall(f"| {name} | {other}", *found)
+    return "\n".join([*whole, "", *without, "", *loras, *by_task])
 
 
 def _found(scores: Scores, reference: str) -> tuple[list[Difference], list[Difference]]:
@@ -159,12 +159,12 @@ def _with_reference(
     return pa.concat_tables([other.filter(pc.equal(other["method"], reference)), rows])
 
 
-def _other_sizes(part: Part, parts: dict[str, pa.Table]) -> list[str]:
-    """LoRA of other sizes than the budget's, where the part that this one is held to has them."""
+def _other_loras(part: Part, parts: dict[str, pa.Table]) -> list[str]:
+    """LoRA of other sizes and scalings, where the part that this one is held to has them."""
     if part.against is None:
         return []
     done = pc.unique(_finished(parts[part.against], PARTS[part.against])["method"]).to_pylist()
-    return [name for name in done if name.startswith("lora:r=")]
+    return [name for name in done if name.startswith("lora:")]
 
 
 def _overall(start: str, nll: list[Difference], right: list[Difference]) -> list[str]:

@@ -41,8 +41,8 @@ SHARED, PRIVATE = "branch_per_cluster_shared", "branch_per_cluster"
 ORACLE = ("lora", SHARED, PRIVATE)
 # "lora" is the one that meets the budget; PRIVATE, told the task, is one LoRA a task.
 BASELINES = (
-    *("lora", "lora:r=26", "lora:r=104", "dora", "hydralora", "multilora", "lora_moe"),
-    *(PRIVATE, "full"),
+    *("lora", "lora:r=26", "lora:r=104", "lora:use_rslora=true"),
+    *("dora", "hydralora", "multilora", "lora_moe", PRIVATE, "full"),
 )
 VARIANTS = (
     f"{SHARED}:r=2",
