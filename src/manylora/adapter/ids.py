@@ -192,13 +192,14 @@ def _both(
 
 def keep_ids_through_checkpointing(model: nn.Module, states: Sequence[BranchState]) -> None:
     """Give every checkpointed block of a transformers model the context_fn above (idempotent)."""
-    for name, module in modules_around(model):
+    for module in modules_around(model):
         if getattr(module, "gradient_checkpointing", False) is not True:
             continue
         checkpoint = getattr(module, "_gradient_checkpointing_func", None)
         if not isinstance(checkpoint, functools.partial):
             continue
         if checkpoint.keywords.get("use_reentrant", False):
+            name = next(name for name, one in model.named_modules() if one is module)
             raise ValueError(
                 f"branch ids and reentrant gradient checkpointing (on {name or 'the model'}) give "
                 "wrong gradients, because its recomputation cannot know the ids; enable it with "

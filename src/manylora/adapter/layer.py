@@ -280,19 +280,18 @@ class ManyLoraLinear(ManyLoraLayer):
 
 def layers_of(model: nn.Module) -> list[ManyLoraLayer]:
     """Every adapted layer of a model, in the order of its modules."""
-    return [module for _, module in modules_around(model) if isinstance(module, ManyLoraLayer)]
+    return [module for module in modules_around(model) if isinstance(module, ManyLoraLayer)]
 
 
-def modules_around(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """`named_modules` without what is inside of adapted layers: a tenth of it, in less time."""
-    seen, waiting = set(), [("", model)]
+def modules_around(model: nn.Module) -> Iterator[nn.Module]:
+    """`modules` without what is inside of adapted layers: a tenth of it, in less time."""
+    seen, waiting = set(), [model]
     while waiting:
-        name, module = waiting.pop()
+        module = waiting.pop()
         if module in seen:
             continue
         seen.add(module)
-        yield name, module
+        yield module
         if not isinstance(module, ManyLoraLayer):
-            prefix = f"{name}." if name else ""
-            own = [(prefix + key, one) for key, one in module._modules.items() if one is not None]
+            own = [one for one in module._modules.values() if one is not None]
             waiting += reversed(own)

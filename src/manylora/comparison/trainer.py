@@ -18,6 +18,7 @@ from manylora.comparison.reading import read
 from manylora.corpus import DrawOrder
 from manylora.training.packed_attention import told_boundaries
 from manylora.training.trainer import MixtureSampler
+from manylora.training.walks import ShortWalksMixin
 
 
 class _AnswerTrainer(Trainer):
@@ -34,7 +35,7 @@ class _AnswerTrainer(Trainer):
         return read(unwrapped, inputs, num_items_in_batch).loss
 
 
-class CellTrainer(ManyLoraTrainerMixin, _AnswerTrainer):
+class CellTrainer(ShortWalksMixin, ManyLoraTrainerMixin, _AnswerTrainer):
     """Gives each example's task to a method that chooses its branch by it (use_ids)."""
 
     def __init__(self, order: DrawOrder, use_ids: bool, **kwargs: Any) -> None:

@@ -26,6 +26,7 @@ from manylora.training.packed_attention import told_boundaries
 from manylora.training.progress import GradientCheck
 from manylora.training.survival import SurvivalMixin
 from manylora.training.validation import ValidationMixin
+from manylora.training.walks import ShortWalksMixin
 
 
 class MixtureSampler(Sampler[int]):
@@ -91,6 +92,7 @@ class RunTrainer(
     GradientNormsMixin,
     ValidationMixin,
     PartRatesMixin,
+    ShortWalksMixin,
     ManyLoraTrainerMixin,
     AnswerTrainer,
 ):
