@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from manylora.adapter.ids import token_mask
+from manylora.adapter.layer import layers_of
 from manylora.adapter.training import ManyLoraTrainerMixin
 from manylora.comparison.reading import read
 from manylora.corpus import DrawOrder
@@ -31,8 +32,8 @@ class _AnswerTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Tensor:
-        unwrapped = self.accelerator.unwrap_model(model, keep_fp32_wrapper=True)
-        return read(unwrapped, inputs, num_items_in_batch).loss
+        mine: Any = self.model
+        return read(mine, inputs, num_items_in_batch).loss
 
 
 class CellTrainer(ShortWalksMixin, ManyLoraTrainerMixin, _AnswerTrainer):
@@ -42,6 +43,7 @@ class CellTrainer(ShortWalksMixin, ManyLoraTrainerMixin, _AnswerTrainer):
         self.order, self.use_ids = order, use_ids
         super().__init__(**kwargs)
         model: Any = self.model
+        self.has_branches = bool(layers_of(model))
         self.before_text = isinstance(model, PeftModel) and has_own_tokens(model)
         if isinstance(model, PeftModel) and isinstance(_config(model), AdaLoraConfig):
             self.add_callback(_Allocate())
@@ -53,6 +55,8 @@ class CellTrainer(ShortWalksMixin, ManyLoraTrainerMixin, _AnswerTrainer):
         mine: Any = self.model
         inputs |= told_boundaries(mine, inputs)
         inputs, mask = prepared(inputs, self.use_ids, self.before_text)
+        if not self.has_branches:  # nothing listens to ids or masks, nor has a loss of its own
+            return _AnswerTrainer.compute_loss(self, model, inputs, *args, **kwargs)
         with token_mask(mine, mask):
             return super().compute_loss(model, inputs, *args, **kwargs)
 

@@ -69,7 +69,8 @@ class AnswerTrainer(SFTTrainer):
     def _answer_loss(self, model: Any, inputs: dict[str, Any], items: Any) -> Tensor:
         labels = inputs.pop("labels")
         learned = torch.nn.functional.pad(labels[:, 1:] != IGNORED, (0, 1))
-        head = self.accelerator.unwrap_model(model).get_output_embeddings()
+        mine: Any = self.model
+        head = mine.get_output_embeddings()
         handle = head.register_forward_pre_hook(lambda _, given: (given[0][learned],))
         try:
             logits = model(**inputs, use_cache=False).logits  # (learned tokens, words)
