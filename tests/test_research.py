@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -188,6 +189,15 @@ def test_the_outcomes_on_the_page_follow_from_the_kept_rows(research: ModuleType
     lines = research.shown(research.RESULTS).splitlines()
     assert len(lines) > 3
     assert [line for line in lines if line and line not in page] == []
+
+
+def test_where_it_stands_says_what_the_tables_say() -> None:
+    page = (ROOT / "docs" / "research.md").read_text(encoding="utf-8")
+    stands = page.split("## Where it stands\n")[1].split("## What is measured\n")[0]
+    tables = page.split("## Outcomes\n")[1]
+    said = re.findall(r"[-+]?[\d.]+ \([-+]?[\d.]+ to [-+]?[\d.]+\)", stands)
+    assert len(said) > 12
+    assert [one for one in said if f"| {one} |" not in tables] == []
 
 
 def test_where_prompts_went_is_summed_by_task(research: ModuleType) -> None:
