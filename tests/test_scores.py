@@ -233,6 +233,20 @@ def test_the_table_and_the_page_show_every_metric_by_its_name(tmp_path: Path) ->
     assert all(title in printed.getvalue() for title in titles)
 
 
+def test_a_long_name_takes_lines_and_no_numbers(tmp_path: Path) -> None:
+    name = "1-age_limit-card_about_to_expire-cash_withdrawal_charge-and_what_else_is_asked"
+    task = {"n": 1234, "before": {"nll": [2.5, 2, 3]}, "after": {"nll": [0.75, 0.5, 1.25]}}
+    (tmp_path / "scores.json").write_text(json.dumps({"tasks": {name: task}}))
+    printed = StringIO()
+    print_scores(tmp_path, Console(file=printed, width=80))
+    lines = printed.getvalue().splitlines()
+    numbers = [line.split()[1:] for line in lines if "NLL" in line]
+    assert [" ".join(words) for words in numbers] == [
+        "1234 NLL, nats/token 2.50 0.75 0.50 to 1.25 better"
+    ]
+    assert "".join(line[:20].split(" ")[1] for line in lines[3:] if line.strip()) == name
+
+
 def test_interval_is_the_percentile_bootstrap_of_the_mean() -> None:
     values = [0.0, 1.0] * 50
     mean, low, high = interval(values)

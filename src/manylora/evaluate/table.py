@@ -58,7 +58,8 @@ def print_scores(run: Path, console: Console) -> None:
         return
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading, justify in HEADINGS.items():
-        table.add_column(heading, justify=justify, no_wrap=True)
+        # A cluster's name may be as wide as a terminal; numbers are not cut for it.
+        table.add_column(heading, justify=justify, no_wrap=heading != "task", overflow="fold")
     for name, task in scores.items():
         for metric in [metric for metric in METRIC_TITLES if metric in task["after"]]:
             before, after = task["before"][metric], task["after"][metric]
