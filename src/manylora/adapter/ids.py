@@ -14,14 +14,14 @@ checkpointing has no such hook and is refused.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from manylora.adapter.layer import layers_of, modules_around
+from manylora.adapter.layer import ManyLoraLayer, layers_of, modules_around
 from manylora.adapter.router import in_range
 from manylora.adapter.state import BranchState
 from manylora.methods import Branches
@@ -88,50 +88,41 @@ def set_ids(
     drops: whether branch_dropout may drop some. copies: how often the batch holds these rows, all
     of them one after the other; what is dropped is dropped in each.
     """
-    layers = layers_of(model)
+    around = list(modules_around(model))
+    layers = [module for module in around if isinstance(module, ManyLoraLayer)]
     if not layers:
         raise ValueError("branch_ids: the model has no manylora layer; attach an adapter first")
     wanted = any(branches.needs_ids for layer in layers for branches in layer.branches.values())
+    # Each active adapter, at a layer that has it: it need not be on the first.
+    active = {
+        name: layer for layer in layers for name in layer.active_adapters if name in layer.branches
+    }
     # What selectors chose, perhaps one for each row's adapter, is in range as they were loaded.
-    checked, highest = _check(ids, layers if wanted and not selected else [])
+    ruled = {name: layer.branches[name] for name, layer in active.items()}
+    checked, highest = _check(ids, ruled if wanted and not selected else None)
     if drops and not selected and model.training and ids.dim():
-        checked = without_some(checked, _branch_dropout(layers))
+        shares = (layer.configs[name].branch_dropout for name, layer in active.items())
+        checked = without_some(checked, max(shares, default=0.0))
     if copies > 1:
         checked = torch.cat([checked] * copies)
     states = list({id(layer.state): layer.state for layer in layers}.values())
     if wanted:
-        keep_ids_through_checkpointing(model, states)
+        keep_ids_through_checkpointing(model, around, states)
     with _restored([(state, checked, selected, highest) for state in states]):
         yield checked
 
 
-def _branch_dropout(layers: Sequence[Any]) -> float:
-    shares = (
-        config.branch_dropout
-        for layer in layers  # an adapter need not be on the first
-        for name, config in layer.configs.items()
-        if name in layer.active_adapters
-    )
-    return max(shares, default=0.0)
-
-
-def _check(ids: Tensor, layers: Sequence[Any]) -> tuple[Tensor, int]:
-    """The ids, and the highest; -1 where there are no layers, whose adapters want them in range."""
+def _check(ids: Tensor, adapters: Mapping[str, Branches] | None) -> tuple[Tensor, int]:
+    """The ids, and the highest; -1 where no adapters are given, which want them in range."""
     if ids.is_floating_point() or ids.dtype == torch.bool or ids.dim() > 2 or not ids.numel():
         raise ValueError(
             f"branch_ids: ids must be integers of shape (), (batch,) or (batch, tokens), "
             f"got {ids.dtype} of shape {tuple(ids.shape)}"
         )
-    if not layers:
+    if adapters is None:
         return ids.long(), -1
-    active = {
-        name: branches
-        for layer in layers
-        for name, branches in layer.branches.items()
-        if name in layer.active_adapters
-    }
     low, high = _ends(ids)
-    for name, branches in active.items():
+    for name, branches in adapters.items():
         in_range(name, branches, low, high)
     return ids.long(), high
 
@@ -190,9 +181,14 @@ def _both(
         yield
 
 
-def keep_ids_through_checkpointing(model: nn.Module, states: Sequence[BranchState]) -> None:
-    """Give every checkpointed block of a transformers model the context_fn above (idempotent)."""
-    for module in modules_around(model):
+def keep_ids_through_checkpointing(
+    model: nn.Module, around: Sequence[nn.Module], states: Sequence[BranchState]
+) -> None:
+    """Give every checkpointed block of a transformers model the context_fn above (idempotent).
+
+    around: the model's modules that are in no adapted layer.
+    """
+    for module in around:
         if getattr(module, "gradient_checkpointing", False) is not True:
             continue
         checkpoint = getattr(module, "_gradient_checkpointing_func", None)
