@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from manylora.adapter.layer import ManyLoraLayer, layers_of, modules_around
 from manylora.adapter.router import in_range
-from manylora.adapter.state import BranchState
+from manylora.adapter.state import BranchState, states_of
 from manylora.methods import Branches
 
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
@@ -68,7 +68,7 @@ def token_mask(model: nn.Module, mask: Tensor) -> Iterator[None]:
 
     A router's balance loss counts those alone.
     """
-    states = list({id(layer.state): layer.state for layer in layers_of(model)}.values())
+    states = states_of(layers_of(model))
     before = [state.token_mask for state in states]
     for state in states:
         state.token_mask = mask
@@ -105,7 +105,7 @@ def set_ids(
         checked = without_some(checked, max(shares, default=0.0))
     if copies > 1:
         checked = torch.cat([checked] * copies)
-    states = list({id(layer.state): layer.state for layer in layers}.values())
+    states = states_of(layers)
     if wanted:
         keep_ids_through_checkpointing(model, around, states)
     with _restored([(state, checked, selected, highest) for state in states]):

@@ -32,6 +32,7 @@ from transformers import Cache, PreTrainedModel
 from manylora.adapter.layer import ManyLoraLayer, layers_of
 from manylora.adapter.mixing import owners
 from manylora.adapter.ops import fold_scale
+from manylora.adapter.state import states_of
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,7 @@ def prompt_mixing(model: nn.Module) -> Iterator[None]:
     layers = layers_of(model)
     whole = _whole(model)
     _check(layers, whole)
-    states = list({id(layer.state): layer.state for layer in layers}.values())
+    states = states_of(layers)
     mixing, before = PromptMixing(), [state.prompt for state in states]
     names = list(inspect.signature(whole.forward).parameters)
 

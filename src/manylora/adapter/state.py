@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from manylora.adapter.sharing import SharedReads
 
 if TYPE_CHECKING:
+    from manylora.adapter.layer import ManyLoraLayer
     from manylora.adapter.prompt_mixing import PromptMixing
 
 Made = TypeVar("Made")
@@ -64,6 +65,11 @@ class BranchState:
         if kept is None or kept[0] is not ids or kept[1] != version:
             kept = self.made[key] = (ids, version, make())
         return cast(Made, kept[2])
+
+
+def states_of(layers: Iterable[ManyLoraLayer]) -> list[BranchState]:
+    """The states that the layers share, each once."""
+    return list({id(layer.state): layer.state for layer in layers}.values())
 
 
 def spread(ids: Tensor, lead: torch.Size) -> Tensor:
