@@ -24,6 +24,7 @@ from torch.fx.experimental import _config as shapes
 from transformers import PreTrainedModel
 
 from manylora.adapter.layer import layers_of
+from manylora.adapter.state import states_of
 from manylora.training.opened import Opened
 from manylora.training.ranks import several_processes
 
@@ -48,7 +49,7 @@ def compiled_blocks(model: nn.Module, wanted: bool = True) -> Iterator[None]:
     if make != _last_make:
         torch._dynamo.reset()
         _last_make[:] = make
-    states = [layer.state for layer in layers_of(model)]
+    states = states_of(layers_of(model))
     for block in blocks:
         block.compile(dynamic=True)
     for state in states:
