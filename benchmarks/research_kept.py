@@ -8,8 +8,10 @@ a part that was stopped goes on from those that are kept.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from research_parts import PARTS, Part
 
+from manylora.comparison.grid import rate_point
 from manylora.comparison.intervals import differences
-from manylora.comparison.result import COMPARISON_FILE, Difference, Interval
+from manylora.comparison.result import COMPARISON_FILE, Difference, Interval, RatePoint
 from manylora.comparison.rows import SCHEMA, TEST_STAGE, Scores
 from manylora.comparison.store import CellStore
 
@@ -114,7 +117,7 @@ def shown(results: Path) -> str:
     ]
     loras = [f"| part | from | {both} |", whole[1]]
     by_task: list[str] = []
-    parts = {table["part"][0].as_py(): table for table in _kept(results)}
+    parts = {table["part"][0].as_py(): at_best_rates(table) for table in _kept(results)}
     for name in (one for one in PARTS if one in parts):
         own = _finished(parts[name], PARTS[name])
         reference = PARTS[PARTS[name].against or name].methods[0]
@@ -139,6 +142,23 @@ def shown(results: Path) -> str:
 def _found(scores: Scores, reference: str) -> tuple[list[Difference], list[Difference]]:
     """In NLL and in accuracy."""
     return differences(scores, reference, "nll"), differences(scores, reference, "correct")
+
+
+def at_best_rates(rows: pa.Table) -> pa.Table:
+    """Without the scored runs of a rate that a later trial was better than."""
+    trials = rows.filter(pc.equal(rows["stage"], "rate"))
+    best: dict[str, RatePoint] = {}
+    for run in pc.unique(trials["run"]).to_pylist():
+        own = trials.filter(pc.equal(trials["run"], run))
+        name, point = own["method"][0].as_py(), rate_point(own, own["lr"][0].as_py())
+        if math.isfinite(point.nll):
+            best[name] = min(best.get(name, point), point, key=lambda one: one.nll)
+    later = [
+        pc.and_(pc.equal(rows["method"], name), pc.not_equal(rows["lr"], point.lr))
+        for name, point in best.items()
+    ]
+    superseded = reduce(pc.or_, later, pc.equal(rows["stage"], ""))
+    return rows.filter(pc.or_(pc.equal(rows["stage"], "rate"), pc.invert(superseded)))
 
 
 def _finished(rows: pa.Table, part: Part) -> pa.Table:

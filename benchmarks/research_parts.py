@@ -21,7 +21,8 @@ class Part:
 
     tasks: None is all. clusters: those that discovery finds take the place of the tasks in
     training; as many as it finds worth it, or so many. left_out: tasks that are scored
-    without being trained on. compile: as a recipe's `train.compile`.
+    without being trained on. compile: as a recipe's `train.compile`. lower_rates: whether a method
+    whose best trial is its lowest rate has two more below it.
     """
 
     methods: tuple[str, ...]
@@ -35,6 +36,7 @@ class Part:
     left_out: tuple[str, ...] = ()
     compile: bool = True
     against: str | None = None
+    lower_rates: bool = False
 
 
 SHARED, PRIVATE = "branch_per_cluster_shared", "branch_per_cluster"
@@ -63,6 +65,14 @@ def _clusters(methods: tuple[str, ...], **more: object) -> Part:
     return Part(methods, "lora:r=52", **{"epochs": 1} | values | more)  # type: ignore[arg-type]
 
 
+def _stage_5(epochs: int) -> dict[str, Part]:
+    last = {"epochs": epochs, "seeds": 5, "lower_rates": True}
+    return {
+        "baselines": Part(BASELINES, "lora:r=52", **last),  # type: ignore[arg-type]
+        "finalists": _clusters(FINALISTS, left_out=(), against=f"5-baselines-{epochs}", **last),
+    }
+
+
 PARTS = {
     "2-oracle-4": Part(ORACLE, "lora:r=16", epochs=3, tasks=FOUR, compile=False),
     "2-oracle-26": Part(ORACLE, "lora:r=52", epochs=1),
@@ -78,8 +88,7 @@ PARTS |= {
         )
         for reading in READINGS
     },
-    "5-baselines-1": Part(BASELINES, "lora:r=52", epochs=1, seeds=5),
-    "5-baselines-3": Part(BASELINES, "lora:r=52", epochs=3, seeds=5),
-    "5-finalists-1": _clusters(FINALISTS, left_out=(), seeds=5, epochs=1, against="5-baselines-1"),
-    "5-finalists-3": _clusters(FINALISTS, left_out=(), seeds=5, epochs=3, against="5-baselines-3"),
+}
+PARTS |= {
+    f"5-{kind}-{epochs}": part for epochs in (1, 3) for kind, part in _stage_5(epochs).items()
 }

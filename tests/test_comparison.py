@@ -21,7 +21,7 @@ from manylora.comparison.cell import Cell, run_cell, steps_of
 from manylora.comparison.command import compare
 from manylora.comparison.contenders import contenders
 from manylora.comparison.ground import prepare_ground
-from manylora.comparison.result import Comparison
+from manylora.comparison.result import Comparison, RatePoint
 from manylora.comparison.store import CellStore, key_of
 from manylora.recipe import Recipe, parse_recipe
 
@@ -130,6 +130,32 @@ def test_runs_side_by_side_give_what_runs_in_turn_give(recipe: Recipe, tmp_path:
     recipe.train.workers = 1  # a process beside the training, as it is by default
     side = compared(recipe, tmp_path / "b", methods=["lora", "hydralora"], rate=1e-2, parallel=2)
     assert side.scores == turn.scores
+
+
+@pytest.mark.parametrize(
+    ("best", "trials", "found"), [(0.0, 7, 0.125 / 4), (0.125, 7, 0.125), (0.25, 5, 0.25)]
+)
+def test_lower_rates_are_tried_where_the_lowest_is_the_best(
+    recipe: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    best: float,
+    trials: int,
+    found: float,
+) -> None:
+    """The loss of a trial is how far its rate is from the best, in parts of the method's centre."""
+    centre = 1e-3
+    monkeypatch.setattr(
+        grids,
+        "rate_point",
+        lambda rows, lr: RatePoint(lr=lr, nll=abs(lr / centre - best), correct=0.0),
+    )
+    said = compared(recipe, tmp_path / "c", methods=["lora"], seeds=1, lower_rates=True)
+    (info,) = said.methods
+    assert len(info.rates) == trials and info.best_lr == pytest.approx(found * centre)
+    assert ("two below" in said.settings["rates"]) and info.at_edge is (best == 0.0)
+    without = compared(recipe, tmp_path / "c", methods=["lora"], seeds=1)
+    assert len(without.methods[0].rates) == 5 and "two below" not in without.settings["rates"]
 
 
 def test_a_method_does_not_wait_for_the_trials_of_another(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import re
 from pathlib import Path
 from types import ModuleType
@@ -137,6 +138,22 @@ def test_examples_count_alike_and_small_tasks_do_not_count(
     line, *others = research.shown(tmp_path).splitlines()[2:]
     assert line.startswith("| 2-oracle-4 | trained on | B | -0.100 (") and "| yes |" in line
     assert not any("| C |" in other for other in others)
+
+
+def test_seeds_at_a_rate_that_a_later_trial_was_better_than_do_not_count(
+    research: ModuleType,
+) -> None:
+    """A has all seeds at 2, then a better trial at 1, whose seeds count; one diverged. B has no
+    trial at all."""
+    rows = []
+    trials = [("A", 2, 0.5), ("A", 4, math.nan), ("A", 1, 0.4)]
+    runs = [(*trial, "rate") for trial in trials]
+    runs += [("A", 2, 9.0, "test"), ("A", 1, 3.0, "test"), ("A", 2, 9.0, "unseen")]
+    for method, lr, nll, stage in [*runs, ("B", 3, 1.0, "test")]:
+        row = (f"{method}{lr}{stage}", method, 1, float(lr), 0, stage, "one", "e", 1, nll, True)
+        rows.append(dict(zip(SCHEMA.names, row, strict=True)))
+    found = kept_by(research).at_best_rates(pa.Table.from_pylist(rows, schema=SCHEMA))
+    assert found["run"].to_pylist() == ["A2rate", "A4rate", "A1rate", "A1test", "B3test"]
 
 
 def test_the_parts_of_the_page_are_those_that_can_be_run(research: ModuleType) -> None:

@@ -53,6 +53,7 @@ def compare(
     energy: bool = False,
     choice: Choice = "told",
     unseen: Path | None = None,
+    lower_rates: bool = False,
 ) -> Comparison:
     """Run what of the comparison has not been run, and write what it says to `output`.
 
@@ -69,6 +70,7 @@ def compare(
             prompt by a selector, whose numbers count.
         unseen: data of tasks that are scored without being trained on; their rows are in the table,
             of stage "unseen", and in no figure.
+        lower_rates: whether a method whose best trial is its lowest rate has two more below it.
 
     Raises ValueError for methods or a budget that cannot be, CorpusError for the data.
     """
@@ -95,7 +97,7 @@ def compare(
             soft_wrap=True,
         )
     output.mkdir(parents=True, exist_ok=True)
-    grid = Grid(ground, CellStore(output), console, parallel, energy)
+    grid = Grid(ground, CellStore(output), console, parallel, energy, lower_rates)
     rates = grid.run(found, seeds, rate)
     comparison = _said(ground, grid, found, rates, budget, params, seeds)
     write(comparison, grid.store.rows(list(grid.keys.values())), output)
@@ -238,9 +240,15 @@ def _how_energy(grid: Grid) -> str:
     return ", ".join(parts)
 
 
+def _how_rates(grid: Grid) -> str:
+    if not any(cell.stage == "rate" for cell in grid.keys):
+        return "one for all, as given"
+    lower = ", two below where the lowest is the best" if grid.lower else ""
+    return f"five a method: three a factor of 4 apart, two beside the best{lower}; validation loss"
+
+
 def _settings(ground: Ground, grid: Grid) -> dict[str, Any]:
     recipe = ground.recipe
-    tuned = any(cell.stage == "rate" for cell in grid.keys)
     return {
         "model": recipe.model,
         "data": _named(recipe.data),
@@ -250,9 +258,7 @@ def _settings(ground: Ground, grid: Grid) -> dict[str, Any]:
         "epochs": recipe.train.epochs,
         "max_steps": recipe.train.max_steps,
         "batch": recipe.train.batch_size * recipe.train.gradient_accumulation,
-        "rates": "five a method: three a factor of 4 apart, two beside the best; validation loss"
-        if tuned
-        else "one for all, as given",
+        "rates": _how_rates(grid),
         "energy": _how_energy(grid),
         "tasks": "methods that choose a branch by task are told it"
         if ground.selector is None

@@ -2,10 +2,11 @@
 
     three rates a factor of 4 apart, seed 0, scored on validation rows
     the two rates a factor of 2 beside the best of the three
-    the best of the five with every seed, scored on held-out rows
+    if asked for: a half and a quarter of the lowest rate, where that is the best of the five
+    the best of these with every seed, scored on held-out rows
 
-Every method gets the same five trials. Cells that are finished are not run again; the others run
-side by side where the memory allows it.
+Every method gets its trials by the same rule. Cells that are finished are not run again; the others
+run side by side where the memory allows it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from manylora.comparison.result import RatePoint
 from manylora.comparison.side_by_side import SideBySide, at_once, gpus
 from manylora.comparison.store import CellStore, key_of
 
-FIRST, BESIDE = (0.25, 1.0, 4.0), (0.5, 2.0)
+FIRST, BESIDE, LOWER = (0.25, 1.0, 4.0), (0.5, 2.0), (0.5, 0.25)
 
 
 @dataclass
@@ -36,8 +37,8 @@ class Grid:
     """Runs cells and keeps them.
 
     parallel: runs side by side on a GPU; 0 finds out from the memory that the first one took.
-    energy: whether that of each is measured. keys: of the cells that were asked for, in the grid's
-    order.
+    energy: whether that of each is measured. lower: whether a method whose best rate is the lowest
+    gets lower ones. keys: of the cells that were asked for, in the grid's order.
     """
 
     ground: Ground
@@ -45,6 +46,7 @@ class Grid:
     console: Console
     parallel: int = 0
     energy: bool = False
+    lower: bool = False
     keys: dict[Cell, str] = field(default_factory=dict)
 
     def run(
@@ -57,7 +59,7 @@ class Grid:
         trials = 0 if rate is not None else len(FIRST) + len(BESIDE)
         with _progress(self.console) as bar:
             task = bar.add_task("runs", total=len(contenders) * (trials + seeds), what="")
-            steps = {c.name: self._steps(c, seeds, rate) for c in contenders}
+            steps = {c.name: self._steps(c, seeds, rate, bar) for c in contenders}
             waiting = deque(cell for own in steps.values() for cell in self._next(own, bar))
             left = Counter(cell.contender.name for cell in waiting)
             for cell in self._finished(waiting):
@@ -91,13 +93,19 @@ class Grid:
     def _of(self, contender: Contender) -> list[Cell]:
         return [cell for cell in self.keys if cell.contender is contender]
 
-    def _steps(self, contender: Contender, seeds: int, rate: float | None) -> Iterator[list[Cell]]:
+    def _steps(
+        self, contender: Contender, seeds: int, rate: float | None, bar: Progress
+    ) -> Iterator[list[Cell]]:
         """A method's cells; those of a list are known when the ones before are finished."""
         if rate is None:
             for factors in (FIRST, BESIDE):
                 around = self.best(contender) if factors is BESIDE else contender.centre_lr
                 yield [Cell(contender, around * factor, 0, "rate") for factor in factors]
             rate = self.best(contender)
+            if self.lower and rate == self.rates(contender)[0].lr:
+                bar.update(bar.task_ids[0], total=(bar.tasks[0].total or 0) + len(LOWER))
+                yield [Cell(contender, rate * factor, 0, "rate") for factor in LOWER]
+                rate = self.best(contender)
         yield [Cell(contender, rate, seed, "test") for seed in range(seeds)]
 
     def _next(self, steps: Iterator[list[Cell]], bar: Progress) -> list[Cell]:
