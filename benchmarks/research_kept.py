@@ -115,7 +115,7 @@ def shown(results: Path) -> str:
         "| part | tasks | method | task that differs most | NLL without it, nats |",
         "|---|---|---|---|---:|",
     ]
-    loras = [f"| part | from | {both} |", whole[1]]
+    loras = [f"| part | tasks | from | {both} |", f"|---{whole[1]}"]
     by_task: list[str] = []
     parts = {table["part"][0].as_py(): at_best_rates(table) for table in _kept(results)}
     for name in (one for one in PARTS if one in parts):
@@ -125,17 +125,16 @@ def shown(results: Path) -> str:
         methods = pc.unique(rows["method"]).to_pylist()
         if reference not in methods or len(methods) == 1:
             continue
-        for stage, which in STAGES.items():
-            if stage in pc.unique(rows["stage"]).to_pylist():
-                scores = counted(rows, stage)
-                found = _found(scores, reference)
-                whole += _overall(f"| {name} | {which}", *found)
-                without += _without(f"| {name} | {which}", scores, found[0])
-                by_task += ["", *_tasks(f"NLL by task: {name}, {which}", found[0])]
-        for other in _other_loras(PARTS[name], parts):
-            scores = counted(_with_reference(own, PARTS[name], other, parts))
-            found = _found(scores, other)
-            loras += _overall(f"| {name} | {other}", *found)
+        others = _other_loras(name, parts)
+        for stage in (one for one in STAGES if one in pc.unique(rows["stage"]).to_pylist()):
+            scores, start = counted(rows, stage), f"| {name} | {STAGES[stage]}"
+            found = _found(scores, reference)
+            whole += _overall(start, *found)
+            without += _without(start, scores, found[0])
+            by_task += ["", *_tasks(f"NLL by task: {name}, {STAGES[stage]}", found[0])]
+            for other in others:
+                beside = _with_reference(own, PARTS[name], other, parts)
+                loras += _overall(f"{start} | {other}", *_found(counted(beside, stage), other))
     return "\n".join([*whole, "", *without, "", *loras, *by_task])
 
 
@@ -179,11 +178,12 @@ def _with_reference(
     return pa.concat_tables([other.filter(pc.equal(other["method"], reference)), rows])
 
 
-def _other_loras(part: Part, parts: dict[str, pa.Table]) -> list[str]:
-    """LoRA of other sizes and scalings, where the part that this one is held to has them."""
-    if part.against is None:
+def _other_loras(name: str, parts: dict[str, pa.Table]) -> list[str]:
+    """LoRA of other sizes and scalings that a part with branches of its own is held to as well."""
+    if PARTS[name].clusters is None:
         return []
-    done = pc.unique(_finished(parts[part.against], PARTS[part.against])["method"]).to_pylist()
+    held_to = PARTS[name].against or name
+    done = pc.unique(_finished(parts[held_to], PARTS[held_to])["method"]).to_pylist()
     return [name for name in done if name.startswith("lora:")]
 
 

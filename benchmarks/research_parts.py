@@ -70,6 +70,7 @@ def _stage_5(epochs: int) -> dict[str, Part]:
     return {
         "baselines": Part(BASELINES, "lora:r=52", **last),  # type: ignore[arg-type]
         "finalists": _clusters(FINALISTS, left_out=(), against=f"5-baselines-{epochs}", **last),
+        "left-out": _clusters(("lora", "lora:use_rslora=true", *FINALISTS), **last),
     }
 
 

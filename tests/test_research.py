@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import math
 import re
@@ -138,6 +139,35 @@ def test_examples_count_alike_and_small_tasks_do_not_count(
     line, *others = research.shown(tmp_path).splitlines()[2:]
     assert line.startswith("| 2-oracle-4 | trained on | B | -0.100 (") and "| yes |" in line
     assert not any("| C |" in other for other in others)
+
+
+def test_branches_are_held_to_every_lora_of_their_part_on_left_out_tasks_too(
+    research: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nats a token: LoRA 2, the other LoRA 1.9, branches 1.8; on the left-out task 0.5 more each,
+    but the branches' 1 more."""
+    nats = {"lora": 2.0, "lora:use_rslora=true": 1.9, "branches": 1.8}
+    rows = []
+    for method, seed in itertools.product(nats, range(2)):
+        for stage, i in itertools.product(("test", "unseen"), range(100)):
+            more = 0.0 if stage == "test" else 1.0 if method == "branches" else 0.5
+            nll = nats[method] + more + np.random.default_rng(i).normal() * 0.01
+            row = (f"{method}{seed}", method, 1, 1e-3, seed, stage, stage, f"{i}", 1, nll, True)
+            rows.append(dict(zip(SCHEMA.names, row, strict=True)))
+    part = research.Part(
+        tuple(nats), "lora:r=1", 1, seeds=2, clusters="found", left_out=("unseen",)
+    )
+    monkeypatch.setitem(research.PARTS, "5-left-out-1", part)
+    finish(tmp_path / "runs" / "5-left-out-1", rows)
+    research.keep("5-left-out-1", tmp_path / "runs", tmp_path, "abc1234")
+    said = research.shown(tmp_path)
+    for which, lora, other in (
+        ("trained on", "-0.200", "-0.100"),
+        ("left out", "+0.300", "+0.400"),
+    ):
+        start = f"| 5-left-out-1 | {which} |"
+        assert f"{start} branches | {lora} (" in said
+        assert f"{start} lora:use_rslora=true | branches | {other} (" in said
 
 
 def test_seeds_at_a_rate_that_a_later_trial_was_better_than_do_not_count(
