@@ -56,7 +56,7 @@ def run(
         console,
         choice=part.choice,
         unseen=data / "unseen" if part.left_out else None,
-        lower_rates=part.lower_rates,
+        wider_rates=part.wider_rates,
     )
 
 

@@ -21,8 +21,8 @@ class Part:
 
     tasks: None is all. clusters: those that discovery finds take the place of the tasks in
     training; as many as it finds worth it, or so many. left_out: tasks that are scored
-    without being trained on. compile: as a recipe's `train.compile`. lower_rates: whether a method
-    whose best trial is its lowest rate has two more below it.
+    without being trained on. compile: as a recipe's `train.compile`. wider_rates: whether a method
+    whose best trial is its lowest or highest rate has two more beyond it.
     """
 
     methods: tuple[str, ...]
@@ -36,7 +36,7 @@ class Part:
     left_out: tuple[str, ...] = ()
     compile: bool = True
     against: str | None = None
-    lower_rates: bool = False
+    wider_rates: bool = False
 
 
 SHARED, PRIVATE = "branch_per_cluster_shared", "branch_per_cluster"
@@ -66,7 +66,7 @@ def _clusters(methods: tuple[str, ...], **more: object) -> Part:
 
 
 def _stage_5(epochs: int) -> dict[str, Part]:
-    last = {"epochs": epochs, "seeds": 5, "lower_rates": True}
+    last = {"epochs": epochs, "seeds": 5, "wider_rates": True}
     return {
         "baselines": Part(BASELINES, "lora:r=52", **last),  # type: ignore[arg-type]
         "finalists": _clusters(FINALISTS, left_out=(), against=f"5-baselines-{epochs}", **last),

@@ -133,9 +133,10 @@ def test_runs_side_by_side_give_what_runs_in_turn_give(recipe: Recipe, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("best", "trials", "found"), [(0.0, 7, 0.125 / 4), (0.125, 7, 0.125), (0.25, 5, 0.25)]
+    ("best", "trials", "found"),
+    [(0.0, 7, 0.125 / 4), (0.125, 7, 0.125), (0.25, 5, 0.25), (2.0, 5, 2.0), (90.0, 7, 32.0)],
 )
-def test_lower_rates_are_tried_where_the_lowest_is_the_best(
+def test_wider_rates_are_tried_where_the_lowest_or_highest_is_the_best(
     recipe: Recipe,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -150,12 +151,13 @@ def test_lower_rates_are_tried_where_the_lowest_is_the_best(
         "rate_point",
         lambda rows, lr: RatePoint(lr=lr, nll=abs(lr / centre - best), correct=0.0),
     )
-    said = compared(recipe, tmp_path / "c", methods=["lora"], seeds=1, lower_rates=True)
+    said = compared(recipe, tmp_path / "c", methods=["lora"], seeds=1, wider_rates=True)
     (info,) = said.methods
     assert len(info.rates) == trials and info.best_lr == pytest.approx(found * centre)
-    assert ("two below" in said.settings["rates"]) and info.at_edge is (best == 0.0)
+    assert "two beyond" in said.settings["rates"]
+    assert info.at_edge is (best in (0.0, 90.0))
     without = compared(recipe, tmp_path / "c", methods=["lora"], seeds=1)
-    assert len(without.methods[0].rates) == 5 and "two below" not in without.settings["rates"]
+    assert len(without.methods[0].rates) == 5 and "two beyond" not in without.settings["rates"]
 
 
 def test_a_method_does_not_wait_for_the_trials_of_another(

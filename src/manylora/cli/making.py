@@ -45,6 +45,12 @@ def compare(
     ] = "lora:r=16",
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each method at its rate.")] = 3,
     lr: Annotated[str, typer.Option(help="auto: tuned for each method; or one rate.")] = "auto",
+    wider_rates: Annotated[
+        bool,
+        typer.Option(
+            "--wider-rates", help="Two more beyond the lowest or highest, where that is the best."
+        ),
+    ] = False,
     output: Annotated[
         Path | None,
         typer.Option(help="The folder; a stopped one goes on. Default: the recipe's output."),
@@ -84,6 +90,7 @@ def compare(
         energy,
         branches or read.branches or "told",
         unseen,
+        wider_rates,
     )
     Console(highlight=False).print(found.verdict, markup=False, soft_wrap=True)
     console.print(

@@ -53,7 +53,7 @@ def compare(
     energy: bool = False,
     choice: Choice = "told",
     unseen: Path | None = None,
-    lower_rates: bool = False,
+    wider_rates: bool = False,
 ) -> Comparison:
     """Run what of the comparison has not been run, and write what it says to `output`.
 
@@ -70,7 +70,8 @@ def compare(
             prompt by a selector, whose numbers count.
         unseen: data of tasks that are scored without being trained on; their rows are in the table,
             of stage "unseen", and in no figure.
-        lower_rates: whether a method whose best trial is its lowest rate has two more below it.
+        wider_rates: whether a method whose best trial is its lowest or highest rate has two more
+            beyond it.
 
     Raises ValueError for methods or a budget that cannot be, CorpusError for the data.
     """
@@ -97,7 +98,7 @@ def compare(
             soft_wrap=True,
         )
     output.mkdir(parents=True, exist_ok=True)
-    grid = Grid(ground, CellStore(output), console, parallel, energy, lower_rates)
+    grid = Grid(ground, CellStore(output), console, parallel, energy, wider_rates)
     rates = grid.run(found, seeds, rate)
     comparison = _said(ground, grid, found, rates, budget, params, seeds)
     write(comparison, grid.store.rows(list(grid.keys.values())), output)
@@ -243,8 +244,8 @@ def _how_energy(grid: Grid) -> str:
 def _how_rates(grid: Grid) -> str:
     if not any(cell.stage == "rate" for cell in grid.keys):
         return "one for all, as given"
-    lower = ", two below where the lowest is the best" if grid.lower else ""
-    return f"five a method: three a factor of 4 apart, two beside the best{lower}; validation loss"
+    wider = ", two beyond where that is the lowest or highest" if grid.wider else ""
+    return f"five a method: three a factor of 4 apart, two beside the best{wider}; validation loss"
 
 
 def _settings(ground: Ground, grid: Grid) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
     three rates a factor of 4 apart, seed 0, scored on validation rows
     the two rates a factor of 2 beside the best of the three
-    if asked for: a half and a quarter of the lowest rate, where that is the best of the five
+    if asked for: two more beyond the lowest or the highest, where that is the best of the five
     the best of these with every seed, scored on held-out rows
 
 Every method gets its trials by the same rule. Cells that are finished are not run again; the others
@@ -29,7 +29,8 @@ from manylora.comparison.result import RatePoint
 from manylora.comparison.side_by_side import SideBySide, at_once, gpus
 from manylora.comparison.store import CellStore, key_of
 
-FIRST, BESIDE, LOWER = (0.25, 1.0, 4.0), (0.5, 2.0), (0.5, 0.25)
+FIRST, BESIDE = (0.25, 1.0, 4.0), (0.5, 2.0)
+BELOW, ABOVE = (0.5, 0.25), (2.0, 4.0)
 
 
 @dataclass
@@ -37,8 +38,9 @@ class Grid:
     """Runs cells and keeps them.
 
     parallel: runs side by side on a GPU; 0 finds out from the memory that the first one took.
-    energy: whether that of each is measured. lower: whether a method whose best rate is the lowest
-    gets lower ones. keys: of the cells that were asked for, in the grid's order.
+    energy: whether that of each is measured. wider: whether a method whose best rate is the lowest
+    or the highest of its trials gets two more beyond. keys: of the cells that were asked for, in
+    the grid's order.
     """
 
     ground: Ground
@@ -46,7 +48,7 @@ class Grid:
     console: Console
     parallel: int = 0
     energy: bool = False
-    lower: bool = False
+    wider: bool = False
     keys: dict[Cell, str] = field(default_factory=dict)
 
     def run(
@@ -102,11 +104,15 @@ class Grid:
                 around = self.best(contender) if factors is BESIDE else contender.centre_lr
                 yield [Cell(contender, around * factor, 0, "rate") for factor in factors]
             rate = self.best(contender)
-            if self.lower and rate == self.rates(contender)[0].lr:
-                bar.update(bar.task_ids[0], total=(bar.tasks[0].total or 0) + len(LOWER))
-                yield [Cell(contender, rate * factor, 0, "rate") for factor in LOWER]
-                rate = self.best(contender)
+            beyond = self._beyond(contender, rate) if self.wider else ()
+            bar.update(bar.task_ids[0], total=(bar.tasks[0].total or 0) + len(beyond))
+            yield [Cell(contender, rate * factor, 0, "rate") for factor in beyond]
+            rate = self.best(contender)
         yield [Cell(contender, rate, seed, "test") for seed in range(seeds)]
+
+    def _beyond(self, contender: Contender, rate: float) -> tuple[float, ...]:
+        first, *_, last = (point.lr for point in self.rates(contender))
+        return {first: BELOW, last: ABOVE}.get(rate, ())
 
     def _next(self, steps: Iterator[list[Cell]], bar: Progress) -> list[Cell]:
         """A method's next cells that have not been run; none when all have been."""
