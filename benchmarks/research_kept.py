@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from research_parts import PARTS, Part
 
 from manylora.comparison.grid import rate_point
-from manylora.comparison.intervals import differences
+from manylora.comparison.intervals import differences, summarise
 from manylora.comparison.result import COMPARISON_FILE, Difference, Interval, RatePoint
 from manylora.comparison.rows import SCHEMA, TEST_STAGE, Scores
 from manylora.comparison.store import CellStore
@@ -108,7 +108,8 @@ def counted(rows: pa.Table, stage: str = "test") -> Scores:
 
 
 def shown(results: Path) -> str:
-    """The differences of every finished method from its part's reference, overall and by task."""
+    """The differences of every finished method from its part's reference, overall and by task, and
+    what each method is at itself."""
     both = "method | NLL, nats | separates | accuracy, points | separates"
     whole = [f"| part | tasks | {both} |", "|---|---|---|---:|---|---:|---|"]
     without = [
@@ -116,6 +117,7 @@ def shown(results: Path) -> str:
         "|---|---|---|---|---:|",
     ]
     loras = [f"| part | tasks | from | {both} |", f"|---{whole[1]}"]
+    levels = ["| part | tasks | method | NLL, nats | accuracy, % |", "|---|---|---|---:|---:|"]
     by_task: list[str] = []
     parts = {table["part"][0].as_py(): at_best_rates(table) for table in _kept(results)}
     for name in (one for one in PARTS if one in parts):
@@ -131,11 +133,12 @@ def shown(results: Path) -> str:
             found = _found(scores, reference)
             whole += _overall(start, *found)
             without += _without(start, scores, found[0])
+            levels += _levels(start, scores)
             by_task += ["", *_tasks(f"NLL by task: {name}, {STAGES[stage]}", found[0])]
             for other in others:
                 beside = _with_reference(own, PARTS[name], other, parts)
                 loras += _overall(f"{start} | {other}", *_found(counted(beside, stage), other))
-    return "\n".join([*whole, "", *without, "", *loras, *by_task])
+    return "\n".join([*whole, "", *without, "", *loras, "", *levels, *by_task])
 
 
 def _found(scores: Scores, reference: str) -> tuple[list[Difference], list[Difference]]:
@@ -204,6 +207,14 @@ def _without(start: str, scores: Scores, found: list[Difference]) -> list[str]:
         left = {d.method: d for d in differences(others, one.reference, "nll")}[one.method]
         lines.append(" | ".join([start, one.method, most, _interval(left.value)]) + " |")
     return lines
+
+
+def _levels(start: str, scores: Scores) -> list[str]:
+    return [
+        f"{start} | {one.method} | {_interval(one.nll, form='.3f')}"
+        f" | {_interval(one.correct, 100, '.1f')} |"
+        for one in summarise(scores)
+    ]
 
 
 def _tasks(title: str, found: list[Difference]) -> list[str]:

@@ -242,9 +242,16 @@ def test_where_it_stands_says_what_the_tables_say() -> None:
     page = (ROOT / "docs" / "research.md").read_text(encoding="utf-8")
     stands = page.split("## Where it stands\n")[1].split("## What is measured\n")[0]
     tables = page.split("## Outcomes\n")[1]
-    said = re.findall(r"[-+]?[\d.]+ \([-+]?[\d.]+ to [-+]?[\d.]+\)", stands)
+    said = re.findall(r"[-+]?[\d.]+ \([-+]?[\d.]+ to [-+]?[\d.]+\)", " ".join(stands.split()))
     assert len(said) > 12
     assert [one for one in said if f"| {one} |" not in tables] == []
+
+
+def test_no_best_rate_of_stage_5_is_at_the_edge_of_what_was_tried(research: ModuleType) -> None:
+    kept = json.loads((research.RESULTS / "research.json").read_text(encoding="utf-8"))
+    methods = [one for name in kept if name.startswith("5-") for one in kept[name]["methods"]]
+    assert len(methods) == 32
+    assert [one["name"] for one in methods if one["at_edge"]] == []
 
 
 def test_where_prompts_went_is_summed_by_task(research: ModuleType) -> None:
