@@ -11,12 +11,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pandas as pd
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from readings import READINGS
-from research_kept import ROWS
+from research_kept import ROWS, best_trials
 from research_parts import FALLBACK, SHARED, VARIANTS
-from research_ranks import nats_by
 
 KEPT = Path(__file__).parent / "results" / ROWS
 IN_ALL_READINGS = (SHARED, *FALLBACK)
@@ -36,13 +35,14 @@ def finalists(kept: Path) -> tuple[str, ...]:
     return (first,) if first == second else (first, second)
 
 
-def _best_trials(kept: Path) -> pd.Series:
+def _best_trials(kept: Path) -> dict[tuple[str, str], float]:
     """Nats a token, tasks alike, of each method's best trial, by reading and method."""
-    wanted = [("stage", "==", "rate"), ("part", "in", PARTS)]
-    rows = pq.read_table(kept, filters=wanted).to_pandas()
-    by_task = nats_by(["reading", "method", "lr", "task"], rows)
-    trials = by_task.groupby(["reading", "method", "lr"]).mean()
-    return trials.groupby(["reading", "method"]).min()
+    rows = pq.read_table(kept, filters=[("stage", "==", "rate"), ("part", "in", PARTS)])
+    return {
+        (reading, name): point.nll
+        for reading in pc.unique(rows["reading"]).to_pylist()
+        for name, (point, _) in best_trials(rows.filter(pc.equal(rows["reading"], reading))).items()
+    }
 
 
 def shown(kept: Path) -> str:

@@ -148,19 +148,24 @@ def _found(scores: Scores, reference: str) -> tuple[list[Difference], list[Diffe
 
 def at_best_rates(rows: pa.Table) -> pa.Table:
     """Without the scored runs of a rate that a later trial was better than."""
+    later = [
+        pc.and_(pc.equal(rows["method"], name), pc.not_equal(rows["lr"], point.lr))
+        for name, (point, _) in best_trials(rows).items()
+    ]
+    superseded = reduce(pc.or_, later, pc.equal(rows["stage"], ""))
+    return rows.filter(pc.or_(pc.equal(rows["stage"], "rate"), pc.invert(superseded)))
+
+
+def best_trials(rows: pa.Table) -> dict[str, tuple[RatePoint, str]]:
+    """Each method's best rate trial, and its run. A method whose trials all diverged has none."""
     trials = rows.filter(pc.equal(rows["stage"], "rate"))
-    best: dict[str, RatePoint] = {}
+    best: dict[str, tuple[RatePoint, str]] = {}
     for run in pc.unique(trials["run"]).to_pylist():
         own = trials.filter(pc.equal(trials["run"], run))
         name, point = own["method"][0].as_py(), rate_point(own, own["lr"][0].as_py())
         if math.isfinite(point.nll):
-            best[name] = min(best.get(name, point), point, key=lambda one: one.nll)
-    later = [
-        pc.and_(pc.equal(rows["method"], name), pc.not_equal(rows["lr"], point.lr))
-        for name, point in best.items()
-    ]
-    superseded = reduce(pc.or_, later, pc.equal(rows["stage"], ""))
-    return rows.filter(pc.or_(pc.equal(rows["stage"], "rate"), pc.invert(superseded)))
+            best[name] = min(best.get(name, (point, run)), (point, run), key=lambda b: b[0].nll)
+    return best
 
 
 def _finished(rows: pa.Table, part: Part) -> pa.Table:

@@ -16,7 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from research_kept import best_trials
 from research_parts import SHARED, Part
 from rich.console import Console
 
@@ -76,25 +78,20 @@ def _losses(
 ) -> Callable[[str], pd.Series]:
     """method -> nats a token by cluster, at the best rate of its trials."""
     cluster_of = {source: name for name, (_, own) in clusters.items() for source in own}
-    rows = pq.read_table(kept, filters=[("part", "==", part), ("stage", "==", "rate")]).to_pandas()
+    rows = pq.read_table(kept, filters=[("part", "==", part), ("stage", "==", "rate")])
+    best = best_trials(rows)
 
     def loss(method: str) -> pd.Series:
-        own = rows[rows["method"] == method]
-        if own.empty:
+        if method not in best:
             raise ValueError(f"{kept} has no trial of {method!r} in {part}: run and keep it first")
-        best = min((nats_by(["task"], trial).mean(), run) for run, trial in own.groupby("run"))[1]
-        trial = own[own["run"] == best]
-        found = nats_by(["cluster"], trial.assign(cluster=trial["example"].map(cluster_of)))
+        trial = rows.filter(pc.equal(rows["run"], best[method][1])).to_pandas()
+        cluster = trial["example"].map(cluster_of)
+        sums = trial.groupby(cluster)[["nll", "tokens"]].sum()
+        found = sums["nll"] / sums["tokens"]
         # A cluster without a row that is kept apart needs what the others do.
         return found.reindex(list(clusters)).fillna(found.mean())
 
     return loss
-
-
-def nats_by(columns: list[str], rows: pd.DataFrame) -> pd.Series:
-    """Nats a token of the rows that are alike in these columns."""
-    sums = rows.groupby(columns)[["nll", "tokens"]].sum()
-    return sums["nll"] / sums["tokens"]
 
 
 def _need(

@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 
 from compared import compared, info
-from manylora.comparison.result import Difference, Interval, MethodScore, TaskDifference
+from manylora.comparison.result import (
+    Difference,
+    Interval,
+    MethodScore,
+    RatePoint,
+    TaskDifference,
+)
 from manylora.comparison.verdict import joined, verdict
 
 
@@ -99,6 +105,15 @@ def test_a_best_rate_at_the_edge_is_said_with_its_end() -> None:
     assert "for lora (0.004, the highest)." in said(NONE, at_edge=True, best_lr=4e-3)[-1]
     assert "for lora (0.00025, the lowest)." in said(NONE, at_edge=True, best_lr=2.5e-4)[-1]
     assert "edge" not in " ".join(said(NONE))
+
+
+def test_wider_rates_are_named_where_they_were_not_tried() -> None:
+    tried = [{"lr": 4e-3 / 2**i, "nll": 1.0 + i, "correct": 0.5} for i in range(7)]
+    for count, named in ((5, True), (7, False)):
+        rates = [RatePoint(**one) for one in tried[:count]]
+        last = said(NONE, at_edge=True, best_lr=4e-3, rates=rates)[-1]
+        assert "lora (0.004, the highest)." in last
+        assert ("With --wider-rates two more are tried there." in last) == named
 
 
 def test_the_reference_alone_is_compared_with_nothing() -> None:

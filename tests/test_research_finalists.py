@@ -37,10 +37,9 @@ def rows_of(rule: ModuleType, best: dict[tuple[str, str], float]) -> list[dict[s
         for lr, stage, value in ((1e-3, "rate", nats), (2e-3, "rate", 2.0), (1e-3, "test", 0.0)):
             # A task of one long row counts as much as one of two short ones.
             for task, tokens, share in (("a", 90, 0.5), ("b", 1, 1.5), ("b", 1, 1.5)):
-                nll = tokens * value * share
-                rows.append(
-                    {**same, "lr": lr, "stage": stage, "task": task, "tokens": tokens, "nll": nll}
-                )
+                own = {"task": task, "tokens": tokens, "nll": tokens * value * share}
+                run = f"{method} {reading} {lr} {stage}"
+                rows.append({**same, "run": run, "lr": lr, "stage": stage, "correct": True, **own})
     return rows
 
 
@@ -50,6 +49,16 @@ def test_one_is_best_as_it_is_and_one_over_the_readings(rule: ModuleType, tmp_pa
     best |= {(both, "paraphrased"): 0.98, (both, "input_only"): 0.95}
     pq.write_table(pa.Table.from_pylist(rows_of(rule, best)), tmp_path / "rows.parquet")
     assert rule.finalists(tmp_path / "rows.parquet") == (best_as_is, both)
+
+
+def test_a_trial_that_diverged_is_no_method_s_best(rule: ModuleType, tmp_path: Path) -> None:
+    """Of each trial of the method that would otherwise win, one row has no loss."""
+    rows = rows_of(rule, {(rule.VARIANTS[0], "as_is"): 0.5, (rule.SHARED, "as_is"): 0.9})
+    for row in rows:
+        if row["method"] == rule.VARIANTS[0] and row["lr"] == 1e-3 and row["task"] == "a":
+            row["nll"] = float("nan")
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    assert rule.finalists(tmp_path / "rows.parquet") == (rule.SHARED,)
 
 
 def test_they_may_be_the_same_one(rule: ModuleType, tmp_path: Path) -> None:
