@@ -23,7 +23,9 @@ KEPT = ROOT / "benchmarks" / "results" / "quickstart.json"
 
 
 def commands() -> list[list[str]]:
-    blocks = re.findall(r"```sh\n(.*?)```", README, re.S)
+    """Of the README and of the page on the method that is ours."""
+    pages = README + (ROOT / "docs" / "research.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```sh\n(.*?)```", pages, re.S)
     lines = [line.split("#")[0] for block in blocks for line in block.splitlines()]
     words = [re.split(r"&&", line)[-1].split() for line in lines]
     return [line for line in words if line[:1] == ["manylora"]]

@@ -1,6 +1,6 @@
 """The table of methods, what each one holds, and what it costs.
 
-Every method is one row over one equation (DESIGN: x a token, W frozen, s = alpha / r):
+Every method is one row over one equation (docs/design.md: x a token, W frozen, s = alpha / r):
 
     y = W x + s * B [ g(x) (x) A x ]  ( + s0 * B0 A0 x )
 
@@ -49,7 +49,7 @@ METHODS: dict[str, Method] = {
     "multilora": Method(False, "ones", 3, init_B="kaiming", scaled=True, paper="2311.11501"),
     "hydralora": Method(True, "router", 3, paper="2404.19245"),
     "lora_moe": Method(False, "router", 3, paper="2312.09979, 2309.05444"),
-    "branch_per_cluster": Method(False, "one_hot", 3, paper="DESIGN"),
+    "branch_per_cluster": Method(False, "one_hot", 3, paper="docs/research.md"),
 }
 
 
