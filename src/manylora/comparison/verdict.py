@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from manylora.comparison.grid import BESIDE, FIRST
 from manylora.comparison.result import Difference, MethodInfo, MethodScore
 
 OFF_BUDGET = 0.05  # a share of the budget further from 1 than this is said
-TRIALS = 5  # of a method's rate, where --wider-rates added none
 
 
 def verdict(
@@ -140,7 +140,7 @@ def _rates(methods: Sequence[MethodInfo]) -> list[str]:
         end = "highest" if m.best_lr == max(p.lr for p in m.rates) else "lowest"
         parts.append(f"{m.name} ({m.best_lr:.3g}, the {end})")
     fewest = min(len(m.rates) for m in at_edge)
-    more = " With --wider-rates two more are tried there." if fewest <= TRIALS else ""
+    more = " With --wider-rates two more are tried there." if fewest <= len(FIRST + BESIDE) else ""
     return [
         f"The best rate lies at the edge of those tried, and a better one may lie beyond, for "
         f"{joined(parts)}.{more}"
